@@ -1,0 +1,82 @@
+"""A model without weights, built from its config on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeprune.anatomy.names import ConfigField
+from moeprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """The config of a checkpoint folder as its transformers class.
+
+    Raises:
+        UnsupportedModelError: If the installed transformers does not know the model type.
+        CheckpointError: If the values in config.json are refused by the config class.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from moeprune.checkpoint.folder import read_config
+
+    raw = read_config(path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedModelError(f"{path / 'config.json'}: no model_type, so the architecture is unknown.")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        hint = did_you_mean(model_type, CONFIG_MAPPING_NAMES).partition(" Known:")[0]
+        hint = f"{hint} " if hint.startswith("Did") else ""
+        raise UnsupportedModelError(
+            f"{path}: model type {model_type!r} is unknown to the installed transformers. {hint}"
+            "Update transformers; models that need remote code are not supported."
+        )
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / 'config.json'}: refused by transformers: {error}") from error
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that ``from_pretrained`` would load: the config's first architecture, else its causal language model.
+
+    Raises:
+        UnsupportedModelError: If there is neither.
+    """
+    import transformers
+
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    raise UnsupportedModelError(
+        f"{config.model_type}: transformers has no language model for it (architectures: {config.architectures})."
+    )
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of ``config`` with all parameters on the meta device: shapes and dtypes, no memory."""
+    cls = model_class(config)
+    with torch.device("meta"):
+        return cls._from_config(copy.deepcopy(config))
+
+
+def with_value(config: PreTrainedConfig, field: ConfigField, value: int) -> PreTrainedConfig:
+    """A copy of ``config`` in which one number differs."""
+    changed = copy.deepcopy(config)
+    target = changed
+    for key in field.path:
+        target = getattr(target, key)
+    setattr(target, field.name, value)
+    return changed

@@ -1,0 +1,1 @@
+"""Folders of safetensors as named byte ranges. Opening one reads headers only."""

@@ -1,0 +1,163 @@
+"""A Hugging Face checkpoint folder: config.json and safetensors, read as named byte ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.checkpoint.header import TensorInfo, read_header
+from moeprune.errors import CheckpointError, did_you_mean
+from moeprune.files import read_json
+from moeprune.resources import DEMO, DEMO_DIR
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SAMPLE_BYTES = 65_536
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers have been read.
+
+    Attributes:
+        path: The folder.
+        config: config.json as written, unknown keys included.
+        shards: Its safetensors files, in the order of their names.
+        tensors: Every stored tensor by name, shard by shard, in the order of its bytes.
+        metadata: ``__metadata__`` of each shard by file name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, dict[str, str]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config, headers and the first and last 64 KiB of every shard's data.
+
+        Reading a sample tells a fine-tuned sibling of the same shapes apart without reading hundreds of gigabytes.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.shards:
+            size = shard.stat().st_size
+            with shard.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(length))
+                digest.update(file.read(SAMPLE_BYTES))
+                file.seek(max(8 + length, size - SAMPLE_BYTES))
+                digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The local folder of a model.
+
+    Args:
+        model: ``demo`` (the embedded model), a folder, or a Hub id ``owner/name`` (optionally ``owner/name@revision``),
+            which is downloaded by huggingface_hub into its cache.
+
+    Raises:
+        CheckpointError: If there is no such folder and the text is not a Hub id that can be fetched.
+    """
+    if str(model) == DEMO:
+        return DEMO_DIR / "model"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{model}: expected the folder of a checkpoint, got a file. Give {path.parent} instead.")
+    return _download(str(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        hint = did_you_mean(model, [DEMO]) if len(model) < 8 else ""
+        raise CheckpointError(
+            f"{model}: no such folder. Give the folder of a checkpoint, a Hub id (owner/name) or {DEMO!r}. {hint}".strip()
+        )
+    try:
+        folder = snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"])
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model}: neither a local folder nor a repository that could be downloaded ({type(error).__name__})."
+        ) from error
+    return Path(folder)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, as written.
+
+    Raises:
+        CheckpointError: If it is missing or not a JSON object.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no config.json. Give the folder that holds config.json and the safetensors files.")
+    try:
+        config = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(config).__name__}.")
+    return config
+
+
+def has_weights(path: Path) -> bool:
+    """Whether the folder holds safetensors files at all (a config alone can be inspected, not pruned)."""
+    return any(path.glob("*.safetensors"))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint folder: config and headers, no weight is read.
+
+    Raises:
+        CheckpointError: If files are missing, damaged, or index and headers disagree.
+    """
+    config = read_config(path)
+    shards, weight_map = _shards(path)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for shard in shards:
+        found, metadata[shard.name] = read_header(shard)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise CheckpointError(f"{shard}: tensor {min(twice)!r} is stored twice.")
+        tensors |= found
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(f"{path}: {INDEX_NAME} puts {name!r} in {file}, where it is not. Download it again.")
+    return Checkpoint(path=path, config=config, shards=shards, tensors=tensors, metadata=metadata)
+
+
+def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    index = path / INDEX_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+        shards = tuple(path / name for name in sorted(set(weight_map.values())))
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(shards)} shards of {INDEX_NAME} are missing, first {missing[0]}. "
+                "Download the checkpoint again."
+            )
+        return shards, weight_map
+    if (path / SINGLE_NAME).is_file():
+        return (path / SINGLE_NAME,), {}
+    others = sorted(file.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in path.glob(pattern))
+    found = f"found {', '.join(others[:3])}" if others else "found no weights"
+    raise CheckpointError(
+        f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, {found}. Save the model with `save_pretrained` first."
+    )

@@ -1,0 +1,90 @@
+"""Load a checkpoint into memory, strictly: transformers only warns about keys that do not fit, and answers wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeprune.errors import CheckpointError, MoePruneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALIGNMENT = 64
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; anything else stays.
+
+    Raises:
+        MoePruneError: If the device is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MoePruneError(f"device {device!r} was asked for, but torch sees no CUDA device. Use --device cpu.")
+    return device
+
+
+def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a checkpoint folder and refuse it if any tensor is missing, unexpected or of another shape.
+
+    Args:
+        path: The folder.
+        dtype: One of :data:`DTYPES`; ``auto`` keeps the stored one.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        CheckpointError: If it does not load without a remark.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if dtype not in DTYPES:
+        raise MoePruneError(f"unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what matters of its report is raised below
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=choose_device(device), local_files_only=True, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: does not load: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            shown = ", ".join(str(key) for key in sorted(info[kind], key=str)[:3])
+            raise CheckpointError(f"{path}: {len(info[kind])} {kind.replace('_', ' ')} while loading: {shown} ...")
+    align_memory(model)
+    return model.eval()
+
+
+def align_memory(model: PreTrainedModel) -> None:
+    """Move parameters that lie at odd addresses, as tensors mapped from a safetensors file do.
+
+    Matrix products on a CPU round differently depending on the alignment of their operands; with all parameters aligned,
+    equal weights give equal logits, bit for bit, whatever file they came from.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no tokenizer that transformers can load ({error}).") from error

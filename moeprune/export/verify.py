@@ -1,0 +1,212 @@
+"""Verify a pruned checkpoint against its source, by other means than those that wrote it.
+
+The exporter moves byte ranges by its own arithmetic; here every tensor is read through the safetensors library, and the
+logits come from two models that transformers loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from moeprune.anatomy.stored import AllExperts, OneExpert
+from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
+from moeprune.checkpoint.load import load_model
+from moeprune.errors import CheckpointError, VerifyError
+from moeprune.export.export import MANIFEST, Source, open_source
+from moeprune.files import read_json
+from moeprune.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+PROBE_LENGTHS = (48, 17)
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and its outcome."""
+
+    name: str
+    passed: bool
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as plain JSON."""
+        return asdict(self)
+
+
+def verify_checkpoint(
+    folder: Path, *, against: str | Path | None = None, plan: Plan | None = None, device: str = "auto", quiet: bool = False
+) -> list[Check]:
+    """Run all checks; later ones are left out where an earlier one failed.
+
+    Args:
+        folder: The pruned checkpoint.
+        against: The source; by default what ``moeprune.json`` names, where it is still there.
+        plan: The plan; by default the one in ``moeprune.json``.
+        device: Where the models run.
+        quiet: No progress bar.
+
+    Returns:
+        The checks in order. Without a source, bytes and logits are not compared, and the list says so.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+        plan = plan or (Plan.model_validate(manifest["plan"]) if manifest else None)
+        if plan is None:
+            raise VerifyError(f"{folder}: no {MANIFEST}. Give the plan with --plan.")
+        plan.check()
+        checkpoint = open_checkpoint(folder)
+        source_path = _source_path(plan, against)
+        source = open_source(source_path) if source_path else None
+    except CheckpointError as error:
+        return [Check("files", False, str(error))]
+    checks = []
+    pruned: PreTrainedModel | None = None
+    try:
+        pruned = load_model(folder, device=device)
+        checks.append(Check("strict reload", True, "no missing, unexpected or mismatched tensor"))
+    except CheckpointError as error:
+        checks.append(Check("strict reload", False, str(error)))
+    checks.append(_check_counts(checkpoint, plan, pruned))
+    if source is None:
+        checks.append(Check("comparison with the source", True, f"not made: {plan.model.name} is not at hand (--against)"))
+    else:
+        checks.append(_check_fingerprint(source, plan))
+        checks.append(_check_tensors(checkpoint, source, plan, quiet))
+    if pruned is not None and all(check.passed for check in checks):
+        checks += _check_behaviour(pruned, source, plan, device)
+    return checks
+
+
+def _source_path(plan: Plan, against: str | Path | None) -> Path | None:
+    if against is not None:
+        return resolve_model(against)
+    return Path(plan.model.name) if Path(plan.model.name).is_dir() else (
+        resolve_model(plan.model.name) if plan.model.name == "demo" else None
+    )
+
+
+def _check_counts(checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel | None) -> Check:
+    name = "config"
+    if model is None:
+        return Check(name, False, "not checked: the model does not load")
+    from moeprune.anatomy.derive import derive_anatomy
+
+    anatomy = derive_anatomy(model.config)
+    for field, expected in ((anatomy.num_experts, plan.num_experts), (anatomy.top_k, plan.top_k)):
+        raw = checkpoint.config
+        for key in field.path:
+            raw = raw[key]
+        for alias in field.aliases:
+            if raw.get(alias) != expected:
+                return Check(name, False, f"{alias} is {raw.get(alias)}, the plan says {expected}")
+    return Check(name, True, f"{plan.num_experts} experts, top-{plan.top_k}, under every name that readers look for")
+
+
+def _check_fingerprint(source: Source, plan: Plan) -> Check:
+    found = source.checkpoint.fingerprint()
+    same = found == plan.model.fingerprint
+    detail = f"{source.checkpoint.path} ({found[:12]})"
+    return Check("source", same, detail if same else f"{detail}: the plan was made for {plan.model.fingerprint[:12]}")
+
+
+def _check_tensors(checkpoint: Checkpoint, source: Source, plan: Plan, quiet: bool) -> Check:
+    name = "every tensor byte for byte"
+    compared: set[str] = set()
+    with ExitStack() as stack, tqdm(total=checkpoint.num_bytes, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
+        read = _reader(stack)
+        for key, expected_key, cut in _expected(source, plan):
+            info = checkpoint.tensors.get(expected_key)
+            if info is None:
+                return Check(name, False, f"{expected_key!r} is missing")
+            original = source.checkpoint.tensors[key]
+            if not _same_bytes(cut(read(original.file, key)), read(info.file, expected_key)):
+                return Check(name, False, f"{expected_key!r} differs from {key!r} of the source")
+            compared.add(expected_key)
+            bar.update(info.num_bytes)
+    extra = checkpoint.tensors.keys() - compared
+    if extra:
+        return Check(name, False, f"{len(extra)} tensors that the source does not explain, first {min(extra)!r}")
+    return Check(name, True, f"{len(compared)} tensors, {checkpoint.num_bytes:,} bytes")
+
+
+def _expected(source: Source, plan: Plan) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor]]]:
+    """(source key, key in the pruned checkpoint, what is done to the tensor) for all that must be there."""
+    import torch
+
+    keep = plan.keep
+    for key in source.checkpoint.tensors:
+        role = source.roles.get(key)
+        if isinstance(role, OneExpert):
+            if role.expert in keep[role.layer]:
+                yield key, role.renumbered(key, keep[role.layer].index(role.expert)), lambda tensor: tensor
+        elif isinstance(role, AllExperts):
+            index = torch.tensor(keep[role.layer])
+            yield key, key, lambda tensor, dim=role.dim, index=index: tensor.index_select(dim, index)
+        else:
+            yield key, key, lambda tensor: tensor
+
+
+def _reader(stack: ExitStack) -> Callable[[Path, str], Tensor]:
+    from safetensors import safe_open
+
+    opened: dict[Path, Any] = {}
+
+    def read(file: Path, key: str) -> Tensor:
+        if file not in opened:
+            opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+        return opened[file].get_tensor(key)
+
+    return read
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    import torch
+
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # As bytes: a NaN equals itself, and 0.0 does not equal -0.0.
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _check_behaviour(pruned: PreTrainedModel, source: Source | None, plan: Plan, device: str) -> list[Check]:
+    import torch
+
+    from moeprune.apply.memory import apply_plan
+
+    generator = torch.Generator().manual_seed(0)
+    vocab = pruned.get_input_embeddings().weight.shape[0]
+    probes = [torch.randint(vocab, (2, length), generator=generator).to(pruned.device) for length in PROBE_LENGTHS]
+    logits = [_logits(pruned, ids) for ids in probes]
+    checks = []
+    if not all(bool(output.isfinite().all()) for output in logits):
+        checks.append(Check("finite logits", False, "the pruned model gives NaN or infinity"))
+    if source is not None:
+        original = load_model(source.checkpoint.path, device=device)
+        in_memory = apply_plan(original, plan=plan, anatomy=source.anatomy)
+        worst = max(
+            float((_logits(in_memory, ids).float() - output.float()).abs().max())
+            for ids, output in zip(probes, logits, strict=True)
+        )
+        detail = f"largest difference {worst:g} over {sum(ids.numel() for ids in probes)} tokens"
+        checks.append(Check("logits equal to the plan applied in memory", worst == 0, detail))
+    text = pruned.generate(probes[0][:1, :8], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    made = text.shape[1] - 8
+    checks.append(Check("generation", made > 0, f"{made} tokens"))
+    return checks
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits

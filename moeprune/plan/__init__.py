@@ -1,0 +1,1 @@
+"""The plan: which experts stay and how many are active. Data, not code; imports no torch."""

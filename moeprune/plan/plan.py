@@ -1,0 +1,184 @@
+"""The plan as data: JSON that a person can read, diff and edit, with two consumers (apply and export)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moeprune.errors import PlanError
+from moeprune.facts import ModelFacts
+from moeprune.files import sha256_json, write_text
+
+
+class LayerPlan(BaseModel):
+    """What happens to one layer.
+
+    Attributes:
+        layer: Path of the decoder layer.
+        keep: Ids of the experts that stay, ascending. The first becomes expert 0.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: str
+    keep: tuple[int, ...] = Field(min_length=1)
+
+
+class Plan(BaseModel):
+    """Which experts of which layer stay, and how many are active.
+
+    Attributes:
+        format: Version of this file format.
+        model: The model the plan is for, as it was before.
+        num_experts: Experts a layer after pruning.
+        top_k: Active experts a token after pruning.
+        layers: One entry for each layer with experts, in order.
+        method: How the experts were chosen (score, ratio, domains, seed, hash of the statistics), for the record.
+        warnings: What a user should know before trusting the result.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    model: ModelFacts
+    num_experts: int
+    top_k: int
+    layers: tuple[LayerPlan, ...]
+    method: dict[str, Any] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def keep(self) -> dict[str, tuple[int, ...]]:
+        """Kept expert ids by layer path."""
+        return {layer.layer: layer.keep for layer in self.layers}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the plan does, independent of its formatting."""
+        return sha256_json(self.model_dump(mode="json"))
+
+    def check(self, facts: ModelFacts | None = None) -> None:
+        """Check the plan against itself and, if given, against a model.
+
+        Args:
+            facts: The model it is to be applied to.
+
+        Raises:
+            PlanError: What does not fit and what was expected.
+        """
+        if facts is not None:
+            self._check_model(facts)
+        if [layer.layer for layer in self.layers] != list(self.model.layers):
+            raise PlanError(
+                f"the plan lists layers {_short([layer.layer for layer in self.layers])}, "
+                f"the model has experts in {_short(list(self.model.layers))}."
+            )
+        for layer in self.layers:
+            self._check_layer(layer)
+        check_sizes(self.model, num_experts=self.num_experts, top_k=self.top_k)
+
+    def _check_model(self, facts: ModelFacts) -> None:
+        if facts.fingerprint != self.model.fingerprint:
+            raise PlanError(
+                f"the plan was made for {self.model.name} ({self.model.fingerprint[:12]}), this is {facts.name} "
+                f"({facts.fingerprint[:12]}): other weights or another config. Calibrate and plan for this model."
+            )
+
+    def _check_layer(self, layer: LayerPlan) -> None:
+        if list(layer.keep) != sorted(set(layer.keep)):
+            raise PlanError(f"{layer.layer}: kept expert ids must ascend without repetition, got {_short(layer.keep)}.")
+        if layer.keep[0] < 0 or layer.keep[-1] >= self.model.num_experts:
+            raise PlanError(
+                f"{layer.layer}: expert {layer.keep[-1] if layer.keep[0] >= 0 else layer.keep[0]} does not exist, "
+                f"the model has experts 0 to {self.model.num_experts - 1}."
+            )
+        if len(layer.keep) != self.num_experts:
+            raise PlanError(
+                f"{layer.layer}: keeps {len(layer.keep)} experts, the plan says {self.num_experts}. config.json has room "
+                "for one number only, so every layer keeps the same."
+            )
+        n_group = self.model.routing.n_group
+        size = self.model.num_experts // n_group
+        per_group = [sum(expert // size == group for expert in layer.keep) for group in range(n_group)]
+        if len(set(per_group)) > 1:
+            raise PlanError(
+                f"{layer.layer}: keeps {per_group} experts of its {n_group} groups; group-limited routing needs the same "
+                "number from each."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, one line a layer."""
+        data = self.model_dump(mode="json")
+        layers = ",\n    ".join(json.dumps(layer) for layer in data.pop("layers"))
+        text = json.dumps(data | {"layers": "@"}, indent=2, ensure_ascii=False)
+        write_text(path, text.replace('"@"', f"[\n    {layers}\n  ]") + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read and check a plan.
+
+        Raises:
+            PlanError: If it is missing, not a plan, or contradicts itself.
+        """
+        if not path.is_file():
+            raise PlanError(f"{path}: no such plan. `moeprune plan STATS --keep 0.75 --out {path}` makes one.")
+        try:
+            plan = cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise PlanError(f"{path}: not a plan that this version of moeprune reads: {where}: {first['msg']}.") from error
+        plan.check()
+        return plan
+
+
+def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int) -> None:
+    """Refuse counts with which the model cannot route.
+
+    Args:
+        model: The model before pruning.
+        num_experts: Experts a layer to keep.
+        top_k: Active experts a token.
+
+    Raises:
+        PlanError: If they are out of range, or impossible under group-limited routing (transformers does not check this
+            and routes to scrambled groups on some token counts).
+    """
+    routing = model.routing
+    if not 1 <= num_experts <= model.num_experts:
+        raise PlanError(f"cannot keep {num_experts} experts a layer: {model.name} has {model.num_experts}.")
+    if not 1 <= top_k <= model.top_k:
+        raise PlanError(f"cannot use {top_k} active experts: expected 1 to {model.top_k}, the top-k of {model.name}.")
+    if top_k > num_experts:
+        raise PlanError(
+            f"cannot route to {top_k} of {num_experts} experts. Keep at least {top_k}, or lower --top-k to {num_experts}."
+        )
+    if routing.n_group == 1:
+        return
+    per_group, rest = divmod(num_experts, routing.n_group)
+    if rest:
+        lower, upper = num_experts - rest, num_experts - rest + routing.n_group
+        raise PlanError(
+            f"cannot keep {num_experts} experts a layer: {model.name} routes in {routing.n_group} groups of equal size. "
+            f"Keep {f'{lower} or ' if lower else ''}{upper}."
+        )
+    if per_group < 2:
+        raise PlanError(
+            f"cannot keep {num_experts} experts a layer: a group is scored by its two best experts, so each of the "
+            f"{routing.n_group} groups needs 2. Keep at least {2 * routing.n_group}."
+        )
+    if routing.topk_group * per_group < top_k:
+        raise PlanError(
+            f"cannot route to {top_k} experts: a token may use {routing.topk_group} groups of {per_group} experts. "
+            f"Keep at least {-(-top_k // routing.topk_group) * routing.n_group}, or lower --top-k to "
+            f"{routing.topk_group * per_group}."
+        )
+
+
+def _short(items: Any) -> str:
+    items = list(items)
+    shown = ", ".join(str(item) for item in items[:4])
+    return f"[{shown}{', ...' if len(items) > 4 else ''}] ({len(items)})"

@@ -1,0 +1,135 @@
+"""The same number of experts in every layer: the budget that config.json and every engine understand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from moeprune.calibrate.stats import Stats
+from moeprune.errors import PlanError
+from moeprune.facts import ModelFacts
+from moeprune.plan.plan import LayerPlan, Plan, check_sizes
+from moeprune.score import SCORES
+
+STARVED_TOKENS = 32
+
+
+def num_to_keep(model: ModelFacts, *, keep: float) -> int:
+    """Experts a layer that a share stands for, rounded to the nearest number that fits the groups.
+
+    Args:
+        model: The model before pruning.
+        keep: Share of experts to keep, above 0 and at most 1.
+
+    Raises:
+        PlanError: If the share is out of range.
+    """
+    if not 0 < keep <= 1:
+        raise PlanError(f"--keep {keep}: expected a share above 0 and at most 1. For a number, use --keep-experts.")
+    n_group = model.routing.n_group
+    return max(1, int(keep * model.num_experts / n_group + 0.5)) * n_group
+
+
+def make_plan(
+    stats: Stats,
+    *,
+    score: str,
+    keep: float | None = None,
+    keep_experts: int | None = None,
+    top_k: int | None = None,
+    domains: Mapping[str, float] | None = None,
+    seed: int = 0,
+    stats_sha256: str | None = None,
+) -> Plan:
+    """Choose the experts of every layer by one criterion.
+
+    Args:
+        stats: Calibration statistics.
+        score: Name of the criterion (:data:`moeprune.score.SCORES`).
+        keep: Share of experts to keep; by default all.
+        keep_experts: Number of experts a layer to keep, instead of ``keep``.
+        top_k: Active experts a token; by default the model's own.
+        domains: Share of each domain in the mix (:meth:`moeprune.calibrate.stats.Stats.mixed`).
+        seed: For criteria that draw random numbers.
+        stats_sha256: Hash of the statistics file, for the record.
+
+    Raises:
+        PlanError: If the counts are impossible or the criterion is unknown.
+        StatsError: If a domain is unknown.
+    """
+    model = stats.model
+    if keep is not None and keep_experts is not None:
+        raise PlanError(f"got --keep {keep} and --keep-experts {keep_experts}. Give one of them.")
+    count = keep_experts if keep_experts is not None else num_to_keep(model, keep=1.0 if keep is None else keep)
+    active = model.top_k if top_k is None else top_k
+    check_sizes(model, num_experts=count, top_k=active)
+    criterion = SCORES.get(score)
+    sums = stats.mixed(domains)
+    saliency = criterion.function(sums, seed=seed)
+    chosen = best_experts(saliency, count=count, n_group=model.routing.n_group)
+    plan = Plan(
+        model=model,
+        num_experts=count,
+        top_k=active,
+        layers=tuple(
+            LayerPlan(layer=name, keep=tuple(int(i) for i in ids))
+            for name, ids in zip(model.layers, chosen, strict=True)
+        ),
+        method={
+            "score": score,
+            "formula": criterion.formula,
+            "source": criterion.source,
+            "keep": count / model.num_experts,
+            "domains": dict(domains) if domains else None,
+            "seed": seed,
+            "calibration_tokens": int(stats.tokens.sum()),
+            "stats_sha256": stats_sha256,
+        },
+        warnings=tuple(_warnings(model, sums, chosen, count, active)),
+    )
+    plan.check()
+    return plan
+
+
+def best_experts(
+    saliency: Float64[ndarray, "layers experts"], *, count: int, n_group: int = 1
+) -> list[Float64[ndarray, " kept"]]:
+    """Ids of the most salient experts of each layer, ascending; the same number from each group.
+
+    Equal saliencies are decided by the lower id, so that a plan does not depend on the sorting algorithm.
+    """
+    num_layers, num_experts = saliency.shape
+    grouped = saliency.reshape(num_layers, n_group, num_experts // n_group)
+    ranked = np.argsort(-grouped, axis=-1, kind="stable")[..., : count // n_group]
+    ids = ranked + (np.arange(n_group) * (num_experts // n_group))[None, :, None]
+    return [np.sort(layer.reshape(-1)) for layer in ids]
+
+
+def _warnings(
+    model: ModelFacts, sums: Mapping[str, ndarray], chosen: list[ndarray], count: int, top_k: int
+) -> list[str]:
+    warnings = []
+    routed = sums["count"]
+    kept = np.stack([routed[layer, ids] for layer, ids in enumerate(chosen)])
+    starved = int((kept < STARVED_TOKENS).sum())
+    if starved and count < model.num_experts:
+        warnings.append(
+            f"{starved} of the {kept.size} kept experts saw fewer than {STARVED_TOKENS} calibration tokens; "
+            "their saliency is a guess. Calibrate on more text."
+        )
+    if count < model.num_experts and model.routing.scoring == "softmax" and model.routing.renormalised is False:
+        share = 1 - kept.sum() / routed.sum()
+        warnings.append(
+            "this router takes a softmax over all experts and does not renormalise the top-k: without the pruned experts "
+            f"the gate weights of the others grow. {share:.0%} of the routed tokens chose an expert that is pruned."
+        )
+    if count < model.num_experts and count % 8:
+        warnings.append(
+            f"{count} experts is not a multiple of 8: some engines lose their fast router kernels or refuse expert parallelism."
+        )
+    if top_k == count:
+        warnings.append(f"every token uses all {count} experts: the router only weighs them.")
+    return warnings
