@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeprune.errors import DataError, did_you_mean
+from moeprune.resources import DEMO, DEMO_DIR
 
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 
@@ -17,7 +19,7 @@ class DataSpec(BaseModel):
 
     Attributes:
         domain: Its name in the statistics; by default the file's stem or the data set's name.
-        source: A local .jsonl, .json, .parquet or .txt file, or a data set id on the Hub.
+        source: A local .jsonl, .json, .parquet or .txt file, a data set id on the Hub, or ``demo`` (see :func:`expand_demo`).
         subset: The Hub data set's configuration.
         split: The split to read.
         column: The column with text or with chat messages; by default the first known name that exists.
@@ -63,9 +65,32 @@ def parse_data_spec(text: str, *, column: str | None = None) -> DataSpec:
     values = dict(parse_qsl(query, keep_blank_values=True))
     unknown = values.keys() - DataSpec.model_fields.keys()
     if unknown:
-        raise DataError(f"--data {text}: unknown key {min(unknown)!r}. {did_you_mean(min(unknown), DataSpec.model_fields)}")
+        raise DataError(
+            f"--data {text}: unknown key {min(unknown)!r}. {did_you_mean(min(unknown), DataSpec.model_fields)}"
+        )
     try:
         return DataSpec.model_validate({"column": column, **values, "source": source, "domain": domain})
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"--data {text}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+def expand_demo(specs: Sequence[DataSpec]) -> tuple[DataSpec, ...]:
+    """Replace ``demo`` by the embedded model's calibration text, one domain a file, and ``demo/NAME`` by one of them.
+
+    Raises:
+        DataError: If there is no such domain.
+    """
+    files = {file.stem: str(file) for file in sorted((DEMO_DIR / "calibration").glob("*.jsonl"))}
+    expanded: list[DataSpec] = []
+    for spec in specs:
+        kind, _, name = spec.source.partition("/")
+        if kind != DEMO or Path(spec.source).exists():
+            expanded.append(spec)
+        elif not name:
+            expanded += [spec.model_copy(update={"source": file, "domain": stem}) for stem, file in files.items()]
+        elif name in files:
+            expanded.append(spec.model_copy(update={"source": files[name]}))
+        else:
+            raise DataError(f"{spec.source}: no such text. {did_you_mean(name, files)}")
+    return tuple(expanded)

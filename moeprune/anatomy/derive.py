@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -72,6 +72,17 @@ class Anatomy:
     layers: tuple[MoeLayer, ...]
     axes: dict[str, ExpertAxis]
     routing: Routing
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: the number of token ids that the model takes."""
+        embedding: Any = self.skeleton.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """Longest input in tokens, if the config says."""
+        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def facts(self, *, name: str, fingerprint: str) -> ModelFacts:
         """What stats and plans carry of this anatomy."""

@@ -12,7 +12,9 @@ from typing import Any
 from moeprune.errors import UnsupportedModelError
 
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
+TOP_K = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
+)  # fmt: skip
 N_GROUP = ("n_group", "num_expert_group")
 # What runtimes read where transformers itself writes only the canonical name. transformers 4 reads `num_experts` of a
 # Qwen3-MoE and assumes 128 where it is missing, which is a wrong model, not an error.
@@ -34,12 +36,26 @@ class ConfigField:
     aliases: tuple[str, ...]
     value: int
 
-    def write(self, config: dict[str, Any], value: int) -> None:
-        """Set the number in a config.json in place: the canonical name and every alias, so that all readers agree."""
+    def within(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The object of a config.json that holds the number."""
         for key in self.path:
             config = config[key]
-        for alias in self.aliases:
-            config[alias] = value
+        return config
+
+    def names_in(self, config: dict[str, Any], value: int) -> tuple[str, ...]:
+        """All names under which a config.json must hold the number.
+
+        The aliases, and whatever other name of the same thing holds ``value`` there: gpt-oss checkpoints say
+        ``experts_per_token`` as well, which transformers ignores and TensorRT-LLM reads.
+        """
+        held = self.within(config)
+        synonyms = next((group for group in (NUM_EXPERTS, TOP_K, N_GROUP) if self.name in group), ())
+        return (*self.aliases, *(name for name in synonyms if name not in self.aliases and held.get(name) == value))
+
+    def write(self, config: dict[str, Any], value: int) -> None:
+        """Set the number in a config.json in place, under every name, so that all readers agree."""
+        for name in self.names_in(config, self.value):
+            self.within(config)[name] = value
 
 
 def text_config_of(config: Any) -> tuple[tuple[str, ...], Any]:

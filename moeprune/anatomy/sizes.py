@@ -14,7 +14,15 @@ from moeprune.anatomy.derive import Anatomy
 from moeprune.anatomy.stored import model_names
 from moeprune.checkpoint.header import TensorInfo
 
-PARTS = ("routed experts", "router", "shared experts", "attention", "embeddings", "output head", "everything else")
+PARTS: tuple[str, ...] = (
+    "routed experts",
+    "router",
+    "shared experts",
+    "attention",
+    "embeddings",
+    "output head",
+    "everything else",
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,11 @@ def measure_sizes(anatomy: Anatomy, tensors: Mapping[str, TensorInfo] | None = N
             parameters[part_of[name]] += tensor.numel()
         seen.add(id(tensor))
     if tensors is None:
-        num_bytes = {part: number * _bytes_per_parameter(anatomy.config) for part, number in parameters.items()}
+        num_bytes: dict[str, int] = {
+            part: number * _bytes_per_parameter(anatomy.config) for part, number in parameters.items()
+        }
     else:
-        num_bytes = Counter(dict.fromkeys(PARTS, 0))
+        num_bytes = dict.fromkeys(PARTS, 0)
         for key, name in model_names(anatomy, tensors).items():
             num_bytes[part_of.get(name, "everything else")] += tensors[key].num_bytes
     return ModelSizes(

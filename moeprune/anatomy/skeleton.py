@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,8 +23,7 @@ def load_config(path: Path) -> PreTrainedConfig:
         CheckpointError: If the values in config.json are refused by the config class.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     from moeprune.checkpoint.folder import read_config
 
@@ -32,8 +31,8 @@ def load_config(path: Path) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModelError(f"{path / 'config.json'}: no model_type, so the architecture is unknown.")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        hint = did_you_mean(model_type, CONFIG_MAPPING_NAMES).partition(" Known:")[0]
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, CONFIG_MAPPING.keys()).partition(" Known:")[0]
         hint = f"{hint} " if hint.startswith("Did") else ""
         raise UnsupportedModelError(
             f"{path}: model type {model_type!r} is unknown to the installed transformers. {hint}"
@@ -57,7 +56,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
-    mapping = transformers.AutoModelForCausalLM._model_mapping
+    mapping: Any = transformers.AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         return mapping[type(config)]
     raise UnsupportedModelError(

@@ -7,7 +7,7 @@ the names of any era; transformers' own key mapping says which tensor of the mod
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from moeprune.checkpoint.header import TensorInfo
 from moeprune.errors import CheckpointError, UnsupportedModelError
 
 EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
+ROUTED_EXPERTS = re.compile(r"(?:^|\.)experts\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,14 @@ def map_stored(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str,
     rename = _Renamer(anatomy)
     roles: dict[str, Role] = {}
     seen: dict[tuple[str, str], set[int]] = defaultdict(set)  # (tensor of the model, stored pattern) -> experts
+    elements: Counter[str] = Counter()  # by tensor of the model
     for key, info in tensors.items():
         name, is_pattern = rename(key)
         axis = anatomy.axes.get(name)
         number = EXPERT_NUMBER.search(key)
+        elements[name] += info.numel
         if axis is None:
-            if name not in rename.known and number:
+            if name not in rename.known and (number or ROUTED_EXPERTS.search(key)):
                 raise UnsupportedModelError(
                     f"{info.file.parent}: {key!r} belongs to experts that transformers does not load "
                     "(multi-token prediction layers or a quantised format). Pruning such checkpoints is not supported yet."
@@ -77,7 +80,7 @@ def map_stored(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str,
         else:
             roles[key] = _checked(anatomy, axis, info)
             seen[name, key] = set(range(anatomy.num_experts.value))
-    _check_complete(anatomy, seen, next(iter(tensors.values())).file.parent)
+    _check_complete(anatomy, seen, elements, next(iter(tensors.values())).file.parent)
     return roles
 
 
@@ -97,7 +100,9 @@ def _checked(anatomy: Anatomy, axis: ExpertAxis, info: TensorInfo) -> AllExperts
     return AllExperts(axis.layer, axis.dim)
 
 
-def _check_complete(anatomy: Anatomy, seen: Mapping[tuple[str, str], set[int]], folder: Path) -> None:
+def _check_complete(
+    anatomy: Anatomy, seen: Mapping[tuple[str, str], set[int]], elements: Mapping[str, int], folder: Path
+) -> None:
     stored = {name for name, _ in seen}
     by_identity: dict[int, set[str]] = defaultdict(set)
     for name, tensor in anatomy.skeleton.state_dict(keep_vars=True).items():
@@ -108,11 +113,25 @@ def _check_complete(anatomy: Anatomy, seen: Mapping[tuple[str, str], set[int]], 
                 f"{folder}: no stored tensor for {min(names)!r} of the model. Download the checkpoint again."
             )
     for (name, pattern), experts in seen.items():
+        if name not in anatomy.axes:
+            continue
         lacking = set(range(anatomy.num_experts.value)) - experts
-        if name in anatomy.axes and lacking:
+        if lacking:
             raise CheckpointError(
                 f"{folder}: {len(lacking)} of {anatomy.num_experts.value} experts are missing from "
                 f"{pattern.replace('-1', '*')!r}, first expert {min(lacking)}. Download the checkpoint again."
+            )
+        if max(experts) >= anatomy.num_experts.value:
+            raise CheckpointError(
+                f"{folder}: {pattern.replace('-1', '*')!r} has an expert {max(experts)}, but the config says "
+                f"{anatomy.num_experts.value} experts."
+            )
+    # Several stored tensors may become one (gate and up projections), so that names alone do not show that one is gone.
+    for name, tensor in anatomy.skeleton.state_dict().items():
+        if name in anatomy.axes and elements[name] != tensor.numel():
+            raise CheckpointError(
+                f"{folder}: the stored tensors that become {name!r} have {elements[name]} elements, the model has "
+                f"{tensor.numel()}. Download the checkpoint again."
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,10 +62,11 @@ def read_domain(
     """
     budget = spec.tokens or tokens
     flat: list[int] = []
-    for document in _documents(spec, tokenizer, seed):
-        flat.extend(document)
-        if len(flat) >= budget:
-            break
+    with _long_texts(tokenizer):
+        for document in _documents(spec, tokenizer, seed):
+            flat.extend(document)
+            if len(flat) >= budget:
+                break
     flat = flat[:budget]
     if not flat:
         raise DataError(f"{spec.source}: no text in column {spec.column or '(default)'!r}, split {spec.split!r}.")
@@ -79,6 +82,17 @@ def read_domain(
     return Rows(spec.name, ids, mask.view_as(ids))
 
 
+@contextmanager
+def _long_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Documents are cut into rows after they are tokenised; without this, long ones are warned about."""
+    limit = tokenizer.model_max_length
+    tokenizer.model_max_length = 1 << 60
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = limit
+
+
 def check_domains(specs: Sequence[DataSpec]) -> None:
     """Refuse an empty list and two domains of one name, and sources that can be seen to be missing.
 
@@ -86,13 +100,13 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
         DataError: What is wrong and what to write instead.
     """
     if not specs:
-        raise DataError("no calibration data. Give at least one --data DOMAIN=FILE (jsonl, json, parquet, txt) or Hub id.")
+        raise DataError(
+            "no calibration data. Give at least one --data DOMAIN=FILE (jsonl, json, parquet, txt) or Hub id."
+        )
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two data sets are named {name!r}. Name them: --data first={name} --data second=...")
-    from pathlib import Path
-
     for spec in specs:
         path = Path(spec.source)
         if path.is_dir() or (path.is_file() and spec.local_format is None):
@@ -102,7 +116,7 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
 
 
 def _documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    end: list[int] = [] if tokenizer.eos_token_id is None else [int(str(tokenizer.eos_token_id))]
     column = spec.column
     for row in _dataset(spec).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
         column = column or next((name for name in TEXT_COLUMNS if name in row), None)
@@ -117,12 +131,12 @@ def _documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) ->
 
 def _dataset(spec: DataSpec) -> Any:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError, DatasetGenerationError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     kind = spec.local_format
     try:
         if kind is not None:
-            options = {"sample_by": "document"} if kind == "text" else {}
+            options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
             return load_dataset(kind, data_files=spec.source, split="train", streaming=True, **options)
         return load_dataset(spec.source, spec.subset, split=spec.split, streaming=True)
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
@@ -133,8 +147,9 @@ def _dataset(spec: DataSpec) -> Any:
 
 
 def _tokenise(value: Any, spec: DataSpec, column: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    encode: Any = tokenizer  # its annotations allow far more than what is given here
     if isinstance(value, str):
-        return tokenizer(value, truncation=False, verbose=False)["input_ids"] if value.strip() else []
+        return encode(value, truncation=False)["input_ids"] if value.strip() else []
     if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "content"} <= value[0].keys():
         if tokenizer.chat_template is None:
             raise DataError(
@@ -142,7 +157,7 @@ def _tokenise(value: Any, spec: DataSpec, column: str, tokenizer: PreTrainedToke
                 "Choose a column of plain text with --column."
             )
         text = tokenizer.apply_chat_template(value, tokenize=False)
-        return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return encode(text, add_special_tokens=False, truncation=False)["input_ids"]
     raise DataError(
         f"{spec.source}: column {column!r} holds {type(value).__name__}, expected text or messages "
         "([{'role': ..., 'content': ...}]). Choose another with --column."

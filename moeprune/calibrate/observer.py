@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -156,7 +157,7 @@ class Observer:
 
 
 def run_experts(
-    module: nn.Module, hidden: Float[Tensor, "slots hidden"], experts: Int[Tensor, " slots"]
+    module: Any, hidden: Float[Tensor, "slots hidden"], experts: Int[Tensor, " slots"]
 ) -> Float[Tensor, "slots hidden"]:
     """Run each slot through its expert.
 

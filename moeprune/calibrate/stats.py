@@ -77,7 +77,9 @@ class Stats:
         arrays = {"tokens": self.tokens} | {f"experts.{k}": v for k, v in self.experts.items()}
         arrays |= {f"layers.{k}": v for k, v in self.layers.items()}
         with replacing(path) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {"moeprune": json.dumps(header)})
+            save_file(
+                {k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {"moeprune": json.dumps(header)}
+            )
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -87,7 +89,9 @@ class Stats:
             StatsError: If it is missing, truncated, not a statistics file, or from a later version of moeprune.
         """
         if not path.is_file():
-            raise StatsError(f"{path}: no such statistics file. `moeprune calibrate MODEL --data ... --out {path}` makes it.")
+            raise StatsError(
+                f"{path}: no such statistics file. `moeprune calibrate MODEL --data ... --out {path}` makes it."
+            )
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -138,9 +142,7 @@ class Stats:
             StatsError: If a domain is unknown, a weight is negative, or no token was seen.
         """
         share = self._shares(weights)
-        mixed = {
-            name: np.tensordot(share, array, axes=1) for name, array in self.experts.items() if name != "max_abs"
-        }
+        mixed = {name: np.tensordot(share, array, axes=1) for name, array in self.experts.items() if name != "max_abs"}
         mixed["max_abs"] = self.experts["max_abs"][share > 0].max(axis=0)
         return mixed
 

@@ -80,16 +80,18 @@ def resolve_model(model: str | Path) -> Path:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        hint = did_you_mean(model, [DEMO]) if len(model) < 8 else ""
+        hint = did_you_mean(model, [DEMO]).partition("Known:")[0]
         raise CheckpointError(
             f"{model}: no such folder. Give the folder of a checkpoint, a Hub id (owner/name) or {DEMO!r}. {hint}".strip()
         )
     try:
-        folder = snapshot_download(name, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"])
+        folder = snapshot_download(
+            name, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model}: neither a local folder nor a repository that could be downloaded ({type(error).__name__})."
@@ -105,7 +107,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{path}: no config.json. Give the folder that holds config.json and the safetensors files.")
+        raise CheckpointError(
+            f"{path}: no config.json. Give the folder that holds config.json and the safetensors files."
+        )
     try:
         config = read_json(file)
     except ValueError as error:
@@ -136,16 +140,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if twice:
             raise CheckpointError(f"{shard}: tensor {min(twice)!r} is stored twice.")
         tensors |= found
+    if not tensors:
+        raise CheckpointError(f"{path}: its safetensors files hold no tensors. Download it again.")
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(f"{path}: {INDEX_NAME} puts {name!r} in {file}, where it is not. Download it again.")
     return Checkpoint(path=path, config=config, shards=shards, tensors=tensors, metadata=metadata)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(index)["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index with a weight_map. Download it again.") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: not a safetensors index with a weight_map. Download it again.")
+    return weight_map
+
+
 def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     index = path / INDEX_NAME
     if index.is_file():
-        weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+        weight_map = _weight_map(index)
         shards = tuple(path / name for name in sorted(set(weight_map.values())))
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:

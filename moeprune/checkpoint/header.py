@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             entries = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}).") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object but {type(entries).__name__}.")
     metadata = entries.pop("__metadata__", None) or {}
     begin = 8 + length
     tensors = sorted(
         (_tensor_info(name, entry, path, begin, size) for name, entry in entries.items()),
         key=lambda tensor: (tensor.start, tensor.end),
     )
-    for before, after in zip(tensors, tensors[1:], strict=False):
+    for before, after in pairwise(tensors):
         if after.start < before.end:
             raise CheckpointError(f"{path}: tensors {before.name!r} and {after.name!r} overlap.")
     return {tensor.name: tensor for tensor in tensors}, metadata
@@ -89,6 +92,8 @@ def _tensor_info(name: str, entry: dict[str, Any], path: Path, begin: int, size:
     try:
         dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
         start, end = (begin + int(offset) for offset in entry["data_offsets"])
+        if min(shape, default=0) < 0:
+            raise ValueError("negative size")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header entry of {name!r} is malformed: {entry!r}.") from error
     if dtype not in DTYPE_BITS:

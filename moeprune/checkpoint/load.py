@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeprune.errors import CheckpointError, MoePruneError
 
@@ -40,6 +40,7 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
     Raises:
         CheckpointError: If it does not load without a remark.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -49,14 +50,20 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
     logging.set_verbosity_error()  # what matters of its report is raised below
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=choose_device(device), local_files_only=True, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map=choose_device(device),
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named and refused below
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: does not load: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             shown = ", ".join(str(key) for key in sorted(info[kind], key=str)[:3])

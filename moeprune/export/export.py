@@ -13,13 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from moeprune import __version__
-from moeprune.anatomy.derive import Anatomy, derive_anatomy
 from moeprune.anatomy.pruned_config import prune_config_json
 from moeprune.anatomy.sizes import PrunedSizes, measure_sizes, pruned_sizes
-from moeprune.anatomy.skeleton import load_config
-from moeprune.anatomy.stored import Role, map_stored
-from moeprune.checkpoint.folder import INDEX_NAME, Checkpoint, open_checkpoint, resolve_model
-from moeprune.errors import ExportError, UnsupportedModelError
+from moeprune.anatomy.source import Source, open_source
+from moeprune.checkpoint.folder import INDEX_NAME, Checkpoint
+from moeprune.errors import ExportError
 from moeprune.export.card import write_card
 from moeprune.export.shards import write_shards
 from moeprune.export.slices import OutputTensor, plan_outputs
@@ -30,15 +28,6 @@ from moeprune.plan.plan import Plan
 MANIFEST = "moeprune.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
 WRITTEN_HERE = {"config.json", "README.md", INDEX_NAME, MANIFEST}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint with all that an export or a comparison must know of it."""
-
-    checkpoint: Checkpoint
-    anatomy: Anatomy
-    roles: dict[str, Role]
 
 
 @dataclass(frozen=True)
@@ -68,25 +57,6 @@ class ExportSummary:
         return asdict(self) | {"source": str(self.source), "target": str(self.target)}
 
 
-def open_source(model: str | Path) -> Source:
-    """Open a checkpoint and map its experts; headers only.
-
-    Raises:
-        CheckpointError, UnsupportedModelError: If it cannot be pruned.
-    """
-    path = resolve_model(model)
-    checkpoint = open_checkpoint(path)
-    quantised = checkpoint.config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise UnsupportedModelError(
-            f"{path}: stored quantised ({method}). Pruning quantised checkpoints is not supported yet; "
-            "prune the unquantised checkpoint and quantise the result."
-        )
-    anatomy = derive_anatomy(load_config(path))
-    return Source(checkpoint, anatomy, map_stored(anatomy, checkpoint.tensors))
-
-
 def export_checkpoint(
     model: str | Path, *, plan: Plan, out: Path, force: bool = False, dry_run: bool = False, quiet: bool = False
 ) -> ExportSummary:
@@ -109,7 +79,7 @@ def export_checkpoint(
     """
     source = open_source(model)
     checkpoint, anatomy = source.checkpoint, source.anatomy
-    plan.check(anatomy.facts(name=str(model), fingerprint=checkpoint.fingerprint()))
+    plan.check(source.facts)
     outputs = plan_outputs(checkpoint.tensors, roles=source.roles, keep=plan.keep)
     summary = _summarise(source, plan, outputs, out)
     check_target(out, source=checkpoint.path, force=force)
@@ -151,7 +121,9 @@ def check_target(out: Path, *, source: Path, force: bool) -> None:
     if not force:
         raise ExportError(f"{out}: exists. Choose another folder, or replace it with --force.")
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise ExportError(f"{out}: --force replaces only checkpoints that moeprune wrote, and this is not one. Delete it.")
+        raise ExportError(
+            f"{out}: --force replaces only checkpoints that moeprune wrote, and this is not one. Delete it."
+        )
 
 
 def other_files(folder: Path) -> Iterator[Path]:

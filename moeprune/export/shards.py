@@ -82,14 +82,20 @@ def _copy(source: int, target: int, piece: ByteRange, progress: Progress) -> Non
     while offset < piece.end:
         wanted = min(CHUNK_BYTES, piece.end - offset)
         try:
-            done = os.copy_file_range(source, target, wanted, offset) if in_kernel else _through(source, target, wanted, offset)
+            done = (
+                os.copy_file_range(source, target, wanted, offset)
+                if in_kernel
+                else _through(source, target, wanted, offset)
+            )
         except OSError as error:
             if not in_kernel or error.errno not in NO_KERNEL_COPY:
                 raise
             in_kernel = False
             continue
         if done == 0:
-            raise ExportError(f"{piece.file}: ends at byte {offset}, expected {piece.end}. Did another program write to it?")
+            raise ExportError(
+                f"{piece.file}: ends at byte {offset}, expected {piece.end}. Did another program write to it?"
+            )
         offset += done
         progress(done)
 

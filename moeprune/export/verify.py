@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from moeprune.anatomy.derive import derive_anatomy
+from moeprune.anatomy.source import Source, open_source
 from moeprune.anatomy.stored import AllExperts, OneExpert
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
 from moeprune.checkpoint.load import load_model
 from moeprune.errors import CheckpointError, VerifyError
-from moeprune.export.export import MANIFEST, Source, open_source
+from moeprune.export.export import MANIFEST
 from moeprune.files import read_json
 from moeprune.plan.plan import Plan
 
@@ -44,7 +46,12 @@ class Check:
 
 
 def verify_checkpoint(
-    folder: Path, *, against: str | Path | None = None, plan: Plan | None = None, device: str = "auto", quiet: bool = False
+    folder: Path,
+    *,
+    against: str | Path | None = None,
+    plan: Plan | None = None,
+    device: str = "auto",
+    quiet: bool = False,
 ) -> list[Check]:
     """Run all checks; later ones are left out where an earlier one failed.
 
@@ -78,7 +85,9 @@ def verify_checkpoint(
         checks.append(Check("strict reload", False, str(error)))
     checks.append(_check_counts(checkpoint, plan, pruned))
     if source is None:
-        checks.append(Check("comparison with the source", True, f"not made: {plan.model.name} is not at hand (--against)"))
+        checks.append(
+            Check("comparison with the source", True, f"not made: {plan.model.name} is not at hand (--against)")
+        )
     else:
         checks.append(_check_fingerprint(source, plan))
         checks.append(_check_tensors(checkpoint, source, plan, quiet))
@@ -90,8 +99,10 @@ def verify_checkpoint(
 def _source_path(plan: Plan, against: str | Path | None) -> Path | None:
     if against is not None:
         return resolve_model(against)
-    return Path(plan.model.name) if Path(plan.model.name).is_dir() else (
-        resolve_model(plan.model.name) if plan.model.name == "demo" else None
+    return (
+        Path(plan.model.name)
+        if Path(plan.model.name).is_dir()
+        else (resolve_model(plan.model.name) if plan.model.name == "demo" else None)
     )
 
 
@@ -99,14 +110,13 @@ def _check_counts(checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel | N
     name = "config"
     if model is None:
         return Check(name, False, "not checked: the model does not load")
-    from moeprune.anatomy.derive import derive_anatomy
-
     anatomy = derive_anatomy(model.config)
-    for field, expected in ((anatomy.num_experts, plan.num_experts), (anatomy.top_k, plan.top_k)):
-        raw = checkpoint.config
-        for key in field.path:
-            raw = raw[key]
-        for alias in field.aliases:
+    for field, before, expected in (
+        (anatomy.num_experts, plan.model.num_experts, plan.num_experts),
+        (anatomy.top_k, plan.model.top_k, plan.top_k),
+    ):
+        raw = field.within(checkpoint.config)
+        for alias in field.names_in(checkpoint.config, before):
             if raw.get(alias) != expected:
                 return Check(name, False, f"{alias} is {raw.get(alias)}, the plan says {expected}")
     return Check(name, True, f"{plan.num_experts} experts, top-{plan.top_k}, under every name that readers look for")
@@ -122,7 +132,10 @@ def _check_fingerprint(source: Source, plan: Plan) -> Check:
 def _check_tensors(checkpoint: Checkpoint, source: Source, plan: Plan, quiet: bool) -> Check:
     name = "every tensor byte for byte"
     compared: set[str] = set()
-    with ExitStack() as stack, tqdm(total=checkpoint.num_bytes, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
+    with (
+        ExitStack() as stack,
+        tqdm(total=checkpoint.num_bytes, unit="B", unit_scale=True, desc=name, disable=quiet) as bar,
+    ):
         read = _reader(stack)
         for key, expected_key, cut in _expected(source, plan):
             info = checkpoint.tensors.get(expected_key)
@@ -184,7 +197,7 @@ def _check_behaviour(pruned: PreTrainedModel, source: Source | None, plan: Plan,
     from moeprune.apply.memory import apply_plan
 
     generator = torch.Generator().manual_seed(0)
-    vocab = pruned.get_input_embeddings().weight.shape[0]
+    vocab = derive_anatomy(pruned.config).vocab_size
     probes = [torch.randint(vocab, (2, length), generator=generator).to(pruned.device) for length in PROBE_LENGTHS]
     logits = [_logits(pruned, ids) for ids in probes]
     checks = []
@@ -199,13 +212,14 @@ def _check_behaviour(pruned: PreTrainedModel, source: Source | None, plan: Plan,
         )
         detail = f"largest difference {worst:g} over {sum(ids.numel() for ids in probes)} tokens"
         checks.append(Check("logits equal to the plan applied in memory", worst == 0, detail))
-    text = pruned.generate(probes[0][:1, :8], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    generate: Any = pruned.generate
+    text = generate(probes[0][:1, :8], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     made = text.shape[1] - 8
     checks.append(Check("generation", made > 0, f"{made} tokens"))
     return checks
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _logits(model: Any, ids: Tensor) -> Tensor:
     import torch
 
     with torch.inference_mode():

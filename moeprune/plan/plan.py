@@ -130,9 +130,27 @@ class Plan(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"{path}: not a plan that this version of moeprune reads: {where}: {first['msg']}.") from error
+            raise PlanError(
+                f"{path}: not a plan that this version of moeprune reads: {where}: {first['msg']}."
+            ) from error
         plan.check()
         return plan
+
+
+def num_to_keep(model: ModelFacts, *, keep: float) -> int:
+    """Experts a layer that a share stands for, rounded to the nearest number that fits the groups.
+
+    Args:
+        model: The model before pruning.
+        keep: Share of experts to keep, above 0 and at most 1.
+
+    Raises:
+        PlanError: If the share is out of range.
+    """
+    if not 0 < keep <= 1:
+        raise PlanError(f"--keep {keep}: expected a share above 0 and at most 1. For a number, use --keep-experts.")
+    n_group = model.routing.n_group
+    return max(1, int(keep * model.num_experts / n_group + 0.5)) * n_group
 
 
 def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int) -> None:

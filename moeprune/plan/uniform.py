@@ -11,26 +11,10 @@ from numpy import ndarray
 from moeprune.calibrate.stats import Stats
 from moeprune.errors import PlanError
 from moeprune.facts import ModelFacts
-from moeprune.plan.plan import LayerPlan, Plan, check_sizes
+from moeprune.plan.plan import LayerPlan, Plan, check_sizes, num_to_keep
 from moeprune.score import SCORES
 
 STARVED_TOKENS = 32
-
-
-def num_to_keep(model: ModelFacts, *, keep: float) -> int:
-    """Experts a layer that a share stands for, rounded to the nearest number that fits the groups.
-
-    Args:
-        model: The model before pruning.
-        keep: Share of experts to keep, above 0 and at most 1.
-
-    Raises:
-        PlanError: If the share is out of range.
-    """
-    if not 0 < keep <= 1:
-        raise PlanError(f"--keep {keep}: expected a share above 0 and at most 1. For a number, use --keep-experts.")
-    n_group = model.routing.n_group
-    return max(1, int(keep * model.num_experts / n_group + 0.5)) * n_group
 
 
 def make_plan(

@@ -3,6 +3,6 @@
 from moeprune.score.base import SCORES, Score
 
 # Each import registers its criterion.
-from moeprune.score import ean, frequency, random, reap, soft_frequency  # noqa: F401, I001  isort: skip
+from moeprune.score import ean, frequency, random, reap, soft_frequency  # noqa: F401  isort: skip
 
 __all__ = ["SCORES", "Score"]

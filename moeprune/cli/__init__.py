@@ -1,0 +1,38 @@
+"""The ``moeprune`` program: one thin file a command. Nothing here loads torch until a command needs it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from moeprune.cli import calibrate, evaluate, export, inspect, ls, plan, run, stats, verify
+from moeprune.errors import MoePruneError
+
+app = typer.Typer(
+    name="moeprune",
+    help="Fewer experts and fewer active experts for Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("inspect")(inspect.inspect)
+app.command("calibrate")(calibrate.calibrate)
+app.add_typer(stats.app, name="stats")
+app.command("plan")(plan.plan)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
+app.command("eval")(evaluate.evaluate)
+app.command("ls")(ls.ls)
+
+
+def main() -> None:
+    """Run the program; errors that a user can mend end it with their text and exit status 1."""
+    try:
+        app()
+    except MoePruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,65 @@
+"""``moeprune ls``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from moeprune.cli.options import Json, print_json
+
+
+def ls(
+    kind: Annotated[str, typer.Argument(metavar="scores|recipes|tasks|data", help="What to list.")],
+    as_json: Json = False,
+) -> None:
+    """List what moeprune knows: scores, shipped recipes, offline tasks, calibration text of the embedded model.
+
+    Example: `moeprune ls scores`
+    """
+    from moeprune.errors import MoePruneError, did_you_mean
+
+    listers = {"scores": _scores, "recipes": _recipes, "tasks": _tasks, "data": _data}
+    if kind not in listers:
+        raise MoePruneError(f"cannot list {kind!r}. {did_you_mean(kind, listers)}")
+    rows = listers[kind]()
+    if as_json:
+        print_json(rows)
+        return
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        typer.echo(f"{row['name']:<{width}}  {'  '.join(str(v) for k, v in row.items() if k != 'name')}")
+
+
+def _scores() -> list[dict[str, Any]]:
+    from moeprune.score import SCORES
+
+    return [{"name": name, "formula": SCORES.get(name).formula, "source": SCORES.get(name).source} for name in SCORES]
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from moeprune.resources import recipes
+
+    return [{"name": name, "path": str(path)} for name, path in recipes().items()]
+
+
+def _tasks() -> list[dict[str, Any]]:
+    import yaml
+
+    from moeprune.resources import shipped
+
+    names = []
+    for file in sorted((shipped("eval") / "offline").glob("*.yaml")):
+        text = yaml.safe_load(file.read_text(encoding="utf-8"))
+        members = text.get("task")
+        if "group" in text:
+            names.append({"name": text["group"], "kind": f"group of {len(members)}"})
+        else:
+            names.append({"name": members, "kind": "task"})
+    return names
+
+
+def _data() -> list[dict[str, Any]]:
+    from moeprune.data_spec import DataSpec, expand_demo
+
+    return [{"name": f"demo/{spec.domain}", "path": spec.source} for spec in expand_demo([DataSpec(source="demo")])]

@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (owner/name), or `demo`.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no remarks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+Dtype = Annotated[str, typer.Option(help="`auto` (as stored), `float32`, `bfloat16` or `float16`.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is random here.")]
+
+
+def print_json(value: Any) -> None:
+    """Print facts for other programs."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Refuse to overwrite a file that was not meant to be.
+
+    Raises:
+        MoePruneError: If it exists and ``force`` is off.
+    """
+    from moeprune.errors import MoePruneError
+
+    if path.exists() and not force:
+        raise MoePruneError(f"{path}: exists. Choose another name, or replace it with --force.")

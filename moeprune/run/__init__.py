@@ -1,0 +1,1 @@
+"""Drive a recipe through all stages, and redo only what changed."""

@@ -1,0 +1,53 @@
+"""Everything that can be known to be wrong before the first stage runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from moeprune.calibrate.data import check_domains
+from moeprune.errors import MissingDependencyError, PlanError, RecipeError, did_you_mean
+from moeprune.evaluate import check_tasks
+from moeprune.plan.plan import check_sizes, num_to_keep
+from moeprune.run.state import STATE
+from moeprune.run.workspace import Workspace, task_folder
+
+
+def check_run(space: Workspace, *, force: bool) -> None:
+    """Refuse a run that cannot succeed.
+
+    Raises:
+        RecipeError: If the folder is in use for something else.
+        PlanError: If a variant is impossible for the model.
+        DataError, EvaluationError, MissingDependencyError: If text, tasks or packages are missing.
+    """
+    check_folder(space.out, force=force)
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError("the report needs matplotlib. Install it with: pip install 'moeprune[report]'")
+    if space.recipe.evaluate is not None:
+        check_tasks(space.recipe.evaluate.tasks, include_path=task_folder(space.recipe.evaluate))
+    check_domains(space.data)
+    facts = space.source.facts
+    domains = [spec.name for spec in space.data]
+    for variant in space.plans:
+        try:
+            count = variant.keep_experts or num_to_keep(facts, keep=variant.keep or 1.0)
+            check_sizes(facts, num_experts=count, top_k=variant.top_k or facts.top_k)
+        except PlanError as error:
+            raise PlanError(f"variant {variant.name!r}: {error}") from error
+        for domain in variant.domains or {}:
+            if domain not in domains:
+                raise PlanError(f"variant {variant.name!r}: unknown domain {domain!r}. {did_you_mean(domain, domains)}")
+
+
+def check_folder(out: Path, *, force: bool) -> None:
+    """Refuse a folder that holds something other than a run.
+
+    Raises:
+        RecipeError: What is there and what to do.
+    """
+    if out.is_file():
+        raise RecipeError(f"{out}: a file. Give a folder for the run.")
+    if out.is_dir() and any(out.iterdir()) and not (out / STATE).is_file():
+        what = "--force replaces only run folders; choose another folder" if force else "Choose another folder"
+        raise RecipeError(f"{out}: not empty and not a run of moeprune (no {STATE}). {what}.")
