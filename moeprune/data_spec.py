@@ -12,6 +12,7 @@ from moeprune.errors import DataError, did_you_mean
 from moeprune.resources import DEMO, DEMO_DIR
 
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+QUERY_KEYS = ("column", "split", "subset", "tokens")
 
 
 class DataSpec(BaseModel):
@@ -19,7 +20,8 @@ class DataSpec(BaseModel):
 
     Attributes:
         domain: Its name in the statistics; by default the file's stem or the data set's name.
-        source: A local .jsonl, .json, .parquet or .txt file, a data set id on the Hub, or ``demo`` (see :func:`expand_demo`).
+        source: A local .jsonl, .json, .parquet or .txt file, a data set id on the Hub, or ``demo`` (see
+            :func:`expand_demo`).
         subset: The Hub data set's configuration.
         split: The split to read.
         column: The column with text or with chat messages; by default the first known name that exists.
@@ -63,11 +65,9 @@ def parse_data_spec(text: str, *, column: str | None = None) -> DataSpec:
     else:
         domain = ""
     values = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = values.keys() - DataSpec.model_fields.keys()
+    unknown = values.keys() - set(QUERY_KEYS)
     if unknown:
-        raise DataError(
-            f"--data {text}: unknown key {min(unknown)!r}. {did_you_mean(min(unknown), DataSpec.model_fields)}"
-        )
+        raise DataError(f"--data {text}: unknown key {min(unknown)!r}. {did_you_mean(min(unknown), QUERY_KEYS)}")
     try:
         return DataSpec.model_validate({"column": column, **values, "source": source, "domain": domain})
     except ValidationError as error:
@@ -85,7 +85,7 @@ def expand_demo(specs: Sequence[DataSpec]) -> tuple[DataSpec, ...]:
     expanded: list[DataSpec] = []
     for spec in specs:
         kind, _, name = spec.source.partition("/")
-        if kind != DEMO or Path(spec.source).exists():
+        if kind != DEMO or Path(spec.source).is_file():
             expanded.append(spec)
         elif not name:
             expanded += [spec.model_copy(update={"source": file, "domain": stem}) for stem, file in files.items()]

@@ -13,8 +13,8 @@ class Routing(BaseModel):
         renormalised: Whether the k weights of a token are divided by their sum. A softmax over all experts that is then
             renormalised over the top-k is the same function as a softmax over the top-k logits.
         scale: Constant that multiplies the weights (``routed_scaling_factor``).
-        bias: ``"none"``, ``"router"`` (added to the logits) or ``"correction"`` (changes which experts are selected, not
-            their weights).
+        bias: ``"none"``, ``"router"`` (added to the logits) or ``"correction"`` (changes which experts are selected,
+            not their weights).
         n_group: Number of expert groups; 1 means that routing is not group-limited.
         topk_group: Number of groups a token may use.
     """

@@ -28,6 +28,8 @@ def _known_score(name: str) -> str:
 
 
 ScoreName = Annotated[str, AfterValidator(_known_score)]
+Share = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -74,10 +76,10 @@ class Variant(_Section):
     """
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    score: Annotated[tuple[ScoreName, ...], BeforeValidator(_as_list)] = ("reap",)
-    keep: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_as_list)] = (1.0,)
+    score: Annotated[tuple[ScoreName, ...], Field(min_length=1), BeforeValidator(_as_list)] = ("reap",)
+    keep: Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_as_list)] = (1.0,)
     keep_experts: int | None = Field(default=None, gt=0)
-    top_k: Annotated[tuple[Annotated[int, Field(gt=0)] | None, ...], BeforeValidator(_as_list)] = (None,)
+    top_k: Annotated[tuple[TopK | None, ...], Field(min_length=1), BeforeValidator(_as_list)] = (None,)
     domains: dict[str, Annotated[float, Field(ge=0)]] | None = None
     seed: int = 0
 
@@ -184,7 +186,12 @@ class Recipe(_Section):
     def _check_names(self) -> Recipe:
         names = [settings.name for settings in self.plans]
         for name in names:
-            if names.count(name) > 1 or name == ORIGINAL:
+            if name == ORIGINAL:
+                raise ValueError(
+                    f"a variant is named {ORIGINAL!r}, or changes nothing; the original is measured in any case. "
+                    "Give it a name, fewer experts or a lower top_k"
+                )
+            if names.count(name) > 1:
                 raise ValueError(f"two variants are named {name!r}; give them names of their own")
         if self.export is not None and self.export not in names:
             raise ValueError(f"export names an unknown variant {self.export!r}. {did_you_mean(self.export, names)}")
@@ -261,4 +268,8 @@ def _explain(mistake: Any) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = recipe.model_dump(mode="json")
+    for variant in values["variants"]:
+        if variant["keep_experts"] is not None:
+            del variant["keep"]  # beside keep_experts even its default would be read as a contradiction
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

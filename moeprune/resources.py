@@ -1,6 +1,7 @@
 """Files that ship with moeprune: recipes, task sets, the embedded model.
 
-In a checkout the recipes and the task sets are top-level folders; in an installed wheel they lie in ``moeprune/_shipped``.
+In a checkout the recipes and the task sets are top-level folders; in an installed wheel they lie in
+``moeprune/_shipped``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from moeprune.anatomy.derive import Anatomy, derive_anatomy
 from moeprune.anatomy.names import find_field
 from moeprune.anatomy.sizes import ModelSizes, measure_sizes
 from moeprune.anatomy.skeleton import load_config
-from moeprune.checkpoint.folder import has_weights, open_checkpoint
+from moeprune.checkpoint.folder import has_weights, open_checkpoint, read_config
 from moeprune.errors import UnsupportedModelError
 from moeprune.plan.plan import num_to_keep
 
@@ -48,7 +48,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "shared_experts": _shared_experts(anatomy, sizes),
         "router": anatomy.routing.describe(),
         "routing": anatomy.routing.model_dump(),
-        "quantised": bool((checkpoint.config if checkpoint else {}).get("quantization_config")),
+        "quantised": bool(read_config(path).get("quantization_config")),
         "weights_read_from": "headers" if checkpoint else "config only",
         "parameters": {"total": sizes.total(), "active": sizes.active(), "by_part": sizes.parameters},
         "bytes": {"total": sizes.stored(), "an_expert": sizes.bytes_per_expert, "by_part": sizes.num_bytes},

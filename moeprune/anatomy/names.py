@@ -13,7 +13,8 @@ from moeprune.errors import UnsupportedModelError
 
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token",
+    "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
 )  # fmt: skip
 N_GROUP = ("n_group", "num_expert_group")
 # What runtimes read where transformers itself writes only the canonical name. transformers 4 reads `num_experts` of a

@@ -26,8 +26,8 @@ def probe_routing(skeleton: nn.Module, layer: MoeLayer, axes: dict[str, ExpertAx
         axes: The tensors with an expert axis, among them the router's biases.
 
     Returns:
-        The routing without its groups; ``scoring="unknown"`` where the router does not return (logits, weights, indices)
-        from hidden states alone or follows no known formula.
+        The routing without its groups; ``scoring="unknown"`` where the router does not return (logits, weights,
+        indices) from hidden states alone or follows no known formula.
     """
     router = _materialise(skeleton.get_submodule(layer.router))
     hidden_size = skeleton.get_parameter(f"{layer.router}.weight").shape[-1]

@@ -1,7 +1,7 @@
 """Map the tensors of a checkpoint to the experts they hold.
 
-A checkpoint may store each expert by itself (``experts.7.up_proj.weight``) or all experts of a layer in one tensor, under
-the names of any era; transformers' own key mapping says which tensor of the model a stored key becomes.
+A checkpoint may store each expert by itself (``experts.7.up_proj.weight``) or all experts of a layer in one tensor,
+under the names of any era; transformers' own key mapping says which tensor of the model a stored key becomes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def map_stored(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str,
             if name not in rename.known and (number or ROUTED_EXPERTS.search(key)):
                 raise UnsupportedModelError(
                     f"{info.file.parent}: {key!r} belongs to experts that transformers does not load "
-                    "(multi-token prediction layers or a quantised format). Pruning such checkpoints is not supported yet."
+                    "(multi-token prediction layers or a quantised format). Pruning such checkpoints is not "
+                    "supported yet."
                 )
             seen[name, key] = set()
         elif is_pattern and number:

@@ -118,7 +118,7 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
 def _documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
     end: list[int] = [] if tokenizer.eos_token_id is None else [int(str(tokenizer.eos_token_id))]
     column = spec.column
-    for row in _dataset(spec).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+    for row in _shuffled(spec, seed):
         column = column or next((name for name in TEXT_COLUMNS if name in row), None)
         if column is None or column not in row:
             wanted = repr(column) if column else f"any of {', '.join(TEXT_COLUMNS)}"
@@ -127,6 +127,21 @@ def _documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         ids = _tokenise(row[column], spec, column, tokenizer)
         if ids:
             yield ids + end
+
+
+def _shuffled(spec: DataSpec, seed: int) -> Iterator[dict[str, Any]]:
+    from datasets.exceptions import DatasetGenerationError
+
+    if spec.local_format is not None:
+        with Path(spec.source).open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise DataError(f"{spec.source}: an empty file.")
+    dataset = _dataset(spec)
+    try:
+        # A stream is parsed as it is read: broken JSON and bytes that are not UTF-8 show up here.
+        yield from dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    except (DatasetGenerationError, ConnectionError, ValueError) as error:
+        raise DataError(f"{spec.source}: cannot be read as {spec.local_format or 'a data set'}: {error}") from error
 
 
 def _dataset(spec: DataSpec) -> Any:

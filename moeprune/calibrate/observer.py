@@ -21,6 +21,7 @@ from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
 from moeprune.errors import UnsupportedModelError
 
 IMPLEMENTATION = "moeprune_observe"
+CACHE_ELEMENTS = 131_072
 SUM_COLUMNS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum")
 assert {*SUM_COLUMNS, "max_abs"} == EXPERT_SUMS.keys() and LAYER_SUMS.keys() == {"gate_entropy_sum"}
 
@@ -48,8 +49,7 @@ class LayerAccumulator:
             experts: Expert id of the slot.
             keep: False for slots of padding tokens, which are not counted; None where there is no padding.
         """
-        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
-        peaks = torch.linalg.vector_norm(outputs, ord=float("inf"), dim=-1).float()
+        norms, peaks = norms_and_peaks(outputs)
         gates = gates.float()
         columns = torch.stack([torch.ones_like(gates), gates, norms, norms.square(), gates * norms], dim=-1)
         if keep is not None:
@@ -149,11 +149,31 @@ class Observer:
             keep = None if mask is None else mask[order // top_k]
             self._current[layer].add(outputs, gates, experts, keep)
             self._current[layer].add_entropy(top_k_weights, mask)
-        weighted = outputs * gates.unsqueeze(-1)
+        # The product of the plain pass, made in place where that is the same arithmetic: outputs are not needed any
+        # more.
+        in_place = not torch.is_grad_enabled() and torch.result_type(outputs, gates) == outputs.dtype
+        weighted = outputs.mul_(gates.unsqueeze(-1)) if in_place else outputs * gates.unsqueeze(-1)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.shape[0], device=order.device)
         combined = weighted[back].view(-1, top_k, weighted.shape[-1]).sum(dim=1)
         return combined.to(hidden_states.dtype)
+
+
+def norms_and_peaks(
+    outputs: Float[Tensor, "slots hidden"],
+) -> tuple[Float[Tensor, " slots"], Float[Tensor, " slots"]]:
+    """L2 norm and largest absolute element of every row, in float32.
+
+    On a CPU the rows are taken in pieces that stay in its cache: memory that is written once and read once, such as a
+    float32 copy of everything, would cost more than all the arithmetic here.
+    """
+    rows = max(1, CACHE_ELEMENTS // outputs.shape[-1]) if outputs.device.type == "cpu" else outputs.shape[0]
+    norms, peaks = [], []
+    for piece in outputs.split(rows):
+        values = piece.float()
+        norms.append(torch.linalg.vector_norm(values, dim=-1))
+        peaks.append(torch.maximum(values.amax(-1), -values.amin(-1)))
+    return torch.cat(norms), torch.cat(peaks)
 
 
 def run_experts(
@@ -175,7 +195,7 @@ def run_experts(
     def project(inputs: Tensor, name: str) -> Tensor:
         weight = getattr(module, name)
         bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
-        if _aligned(weight):
+        if _aligned(inputs, weight):
             return _grouped_linear(inputs, weight, ends, bias=bias, is_transposed=module.is_transposed)
         matrix = weight if module.is_transposed else weight.transpose(-2, -1)
         outputs = torch.ops.transformers.grouped_mm_fallback(inputs.to(weight.dtype), matrix, offs=ends)
@@ -187,6 +207,6 @@ def run_experts(
     return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
 
 
-def _aligned(weight: Tensor) -> bool:
-    """Whether torch's grouped matrix product takes this weight: its rows must be multiples of 16 bytes."""
-    return weight.shape[-1] * weight.element_size() % 16 == 0
+def _aligned(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped matrix product takes these operands: rows of both must be multiples of 16 bytes."""
+    return all(size * weight.element_size() % 16 == 0 for size in (inputs.shape[-1], weight.shape[-1]))

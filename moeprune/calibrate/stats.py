@@ -103,7 +103,8 @@ class Stats:
         header = json.loads(metadata["moeprune"])
         if header["format"] > FORMAT:
             raise StatsError(
-                f"{path}: statistics format {header['format']}; this version of moeprune reads {FORMAT}. Update moeprune."
+                f"{path}: statistics format {header['format']}; this version of moeprune reads {FORMAT}. Update "
+                "moeprune."
             )
         stats = cls(
             model=ModelFacts.model_validate(header["model"]),
@@ -118,12 +119,14 @@ class Stats:
 
     def check(self, origin: Path | str) -> None:
         """Raise :class:`StatsError` if a value is not finite, naming its layer and expert."""
-        for name, array in self.experts.items():
+        for name, array in {**self.experts, **self.layers}.items():
             if not np.isfinite(array).all():
-                domain, layer, expert = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
+                domain, layer, *expert = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
+                where = " ".join([self.model.layers[layer], *(f"expert {i}" for i in expert)])
                 raise StatsError(
-                    f"{origin}: {name} of {self.model.layers[layer]} expert {expert} in domain {self.domains[domain]!r} "
-                    f"is {array[domain, layer, expert]}. The model overflows on this text; calibrate in another dtype."
+                    f"{origin}: {name} of {where} in domain {self.domains[domain]!r} is "
+                    f"{array[domain, layer, *expert]}. "
+                    "The model overflows on this text; calibrate in another dtype."
                 )
 
     def mixed(self, weights: Mapping[str, float] | None = None) -> dict[str, Float64[ndarray, "layers experts"]]:

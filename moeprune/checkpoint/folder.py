@@ -86,7 +86,8 @@ def _download(model: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         hint = did_you_mean(model, [DEMO]).partition("Known:")[0]
         raise CheckpointError(
-            f"{model}: no such folder. Give the folder of a checkpoint, a Hub id (owner/name) or {DEMO!r}. {hint}".strip()
+            f"{model}: no such folder. Give the folder of a checkpoint, a Hub id (owner/name) or {DEMO!r}. "
+            f"{hint}".strip()
         )
     try:
         folder = snapshot_download(

@@ -75,8 +75,8 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
 def align_memory(model: PreTrainedModel) -> None:
     """Move parameters that lie at odd addresses, as tensors mapped from a safetensors file do.
 
-    Matrix products on a CPU round differently depending on the alignment of their operands; with all parameters aligned,
-    equal weights give equal logits, bit for bit, whatever file they came from.
+    Matrix products on a CPU round differently depending on the alignment of their operands; with all parameters
+    aligned, equal weights give equal logits, bit for bit, whatever file they came from.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:

@@ -15,8 +15,8 @@ def calibrate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="[DOMAIN=]SOURCE[?split=..&subset=..&column=..&tokens=..]; a .jsonl, .json, .parquet or .txt file, a Hub "
-            "data set, or `demo`. Repeat it for several domains."
+            help="[DOMAIN=]SOURCE[?split=..&subset=..&column=..&tokens=..]; a .jsonl, .json, .parquet or .txt file, a "
+            "Hub data set, or `demo`. Repeat it for several domains."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Statistics file to write.")],

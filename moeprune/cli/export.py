@@ -37,5 +37,6 @@ def export(
         typer.echo(f"  parameters {count(sizes.parameters_before)} -> {count(sizes.parameters_after)}")
         typer.echo(f"  active     {count(sizes.active_before)} -> {count(sizes.active_after)}")
         typer.echo(
-            f"  tensors    {summary.tensors_kept} copied, {summary.tensors_sliced} sliced, {summary.tensors_dropped} dropped"
+            f"  tensors    {summary.tensors_kept} copied, {summary.tensors_sliced} sliced, "
+            f"{summary.tensors_dropped} dropped"
         )

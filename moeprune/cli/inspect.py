@@ -37,7 +37,8 @@ def _lines(model: str, facts: dict[str, Any]) -> list[str]:
         f"  layers       {facts['num_layers']}, {len(facts['moe_layers'])} of them with experts",
         f"  experts      {facts['num_experts']} a layer{shared}, top-{facts['top_k']}",
         f"  router       {facts['router']}",
-        f"  parameters   {count(parameters['total'])}, {count(parameters['active'])} active a token (embeddings included)",
+        f"  parameters   {count(parameters['total'])}, {count(parameters['active'])} active a token (embeddings "
+        "included)",
         f"  stored       {size(stored['total'])}, {size(stored['an_expert'])} an expert{where}",
         "",
         f"  {'part':<16} {'parameters':>12} {'bytes':>12} {'share':>7}",
@@ -49,7 +50,8 @@ def _lines(model: str, facts: dict[str, Any]) -> list[str]:
     lines += ["", f"  {'pruning':<10} {'experts':>8} {'parameters':>12} {'active':>10} {'bytes':>12}"]
     for row in facts["pruned"]:
         lines.append(
-            f"  {row['prune']:<10.0%} {row['num_experts']:>8} {count(row['parameters']):>12} {count(row['active']):>10} "
+            f"  {row['prune']:<10.0%} {row['num_experts']:>8} {count(row['parameters']):>12} "
+            f"{count(row['active']):>10} "
             f"{size(row['bytes']):>12}"
         )
     return lines

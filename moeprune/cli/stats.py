@@ -51,14 +51,16 @@ def show(
         print_json(facts)
         return
     typer.echo(
-        f"{facts['model']}: {facts['tokens']:,} tokens, {facts['never_routed']} of {facts['experts']} experts never chosen"
+        f"{facts['model']}: {facts['tokens']:,} tokens, {facts['never_routed']} of {facts['experts']} experts "
+        "never chosen"
     )
     for name, tokens in facts["domains"].items():
         typer.echo(f"  {name:<20} {tokens:>12,} tokens")
     typer.echo("  layer                load entropy (1 = even)   busiest / mean   never chosen")
     for layer in facts["layers"]:
         typer.echo(
-            f"  {layer['layer']:<20} {layer['load_entropy']:>12.3f} {layer['busiest']:>20.2f} {layer['never_routed']:>14}"
+            f"  {layer['layer']:<20} {layer['load_entropy']:>12.3f} {layer['busiest']:>20.2f} "
+            f"{layer['never_routed']:>14}"
         )
 
 

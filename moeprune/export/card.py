@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from moeprune.anatomy.sizes import PrunedSizes
+from moeprune.errors import ExportError
 from moeprune.format import count, size
 from moeprune.plan.plan import Plan
 
@@ -52,14 +55,33 @@ Pruned experts carry knowledge that calibration text may not have shown. Measure
 """
 
 
-def write_card(path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: Path, name: str, version: str) -> None:
+def read_card(path: Path) -> ModelCardData:
+    """The front matter of a model card; empty if there is no card.
+
+    Raises:
+        ExportError: If it is not YAML. It may hold the licence, so it is not passed over.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if not path.is_file():
+        return ModelCardData()
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"{path}: its front matter is not YAML ({reason}). Mend or delete it.") from error
+
+
+def write_card(
+    path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: ModelCardData, name: str, version: str
+) -> None:
     """Write README.md with front matter that the Hub understands.
 
     Args:
         path: The file to write.
         plan: What was done.
         sizes: Before and after.
-        source_card: README.md of the source, whose licence, languages and task carry over; may be missing.
+        source_card: Front matter of the source, whose licence, languages and task carry over.
         name: Name of the pruned model (its folder).
         version: Version of moeprune.
     """
@@ -86,10 +108,9 @@ def write_card(path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: Path,
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
 
 
-def _front_matter(source_card: Path, *, base_model: str | None) -> ModelCardData:
-    from huggingface_hub import ModelCard, ModelCardData
+def _front_matter(source: ModelCardData, *, base_model: str | None) -> ModelCardData:
+    from huggingface_hub import ModelCardData
 
-    source = ModelCard.load(source_card, ignore_metadata_errors=True).data if source_card.is_file() else ModelCardData()
     tags = [*(source.get("tags") or []), "moe", "expert-pruning", "moeprune"]
     return ModelCardData(
         language=source.get("language"),

@@ -18,7 +18,7 @@ from moeprune.anatomy.sizes import PrunedSizes, measure_sizes, pruned_sizes
 from moeprune.anatomy.source import Source, open_source
 from moeprune.checkpoint.folder import INDEX_NAME, Checkpoint
 from moeprune.errors import ExportError
-from moeprune.export.card import write_card
+from moeprune.export.card import read_card, write_card
 from moeprune.export.shards import write_shards
 from moeprune.export.slices import OutputTensor, plan_outputs
 from moeprune.files import read_json, write_json
@@ -75,7 +75,7 @@ def export_checkpoint(
 
     Raises:
         PlanError: If the plan does not fit the model.
-        ExportError: If ``out`` exists, or the disk is too small.
+        ExportError: If ``out`` exists, the disk is too small, or the source's model card cannot be read.
     """
     source = open_source(model)
     checkpoint, anatomy = source.checkpoint, source.anatomy
@@ -84,6 +84,7 @@ def export_checkpoint(
     summary = _summarise(source, plan, outputs, out)
     check_target(out, source=checkpoint.path, force=force)
     _check_space(out, summary.sizes.bytes_after)
+    source_card = read_card(checkpoint.path / "README.md")
     if dry_run:
         return summary
     partial = out.with_name(f"{out.name}.partial")
@@ -95,7 +96,7 @@ def export_checkpoint(
         (partial / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(checkpoint.path / relative, partial / relative)
     write_card(
-        partial / "README.md", plan=plan, sizes=summary.sizes, source_card=checkpoint.path / "README.md",
+        partial / "README.md", plan=plan, sizes=summary.sizes, source_card=source_card,
         name=out.name, version=__version__,
     )  # fmt: skip
     write_json(partial / MANIFEST, _manifest(checkpoint, plan, summary))
@@ -127,7 +128,7 @@ def check_target(out: Path, *, source: Path, force: bool) -> None:
 
 
 def other_files(folder: Path) -> Iterator[Path]:
-    """Files that belong to the model and hold no weights: tokenizer, templates, generation config, custom code, licence.
+    """Files that belong to the model and hold no weights: tokenizer, templates, generation config, code, licence.
 
     Hidden files, and folders that hold weights in another format (``original/``, ``onnx/``), are left out.
     """

@@ -63,7 +63,7 @@ class OutputTensor:
 def plan_outputs(
     tensors: Mapping[str, TensorInfo], *, roles: Mapping[str, Role], keep: Mapping[str, Sequence[int]]
 ) -> dict[Path, list[OutputTensor]]:
-    """Every tensor of the pruned checkpoint, by the source shard that it comes from, in the order of the source's bytes.
+    """Every tensor of the pruned checkpoint, by source shard, in the order of the source's bytes.
 
     Args:
         tensors: The source's tensors.

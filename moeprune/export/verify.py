@@ -66,10 +66,7 @@ def verify_checkpoint(
         The checks in order. Without a source, bytes and logits are not compared, and the list says so.
     """
     try:
-        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-        plan = plan or (Plan.model_validate(manifest["plan"]) if manifest else None)
-        if plan is None:
-            raise VerifyError(f"{folder}: no {MANIFEST}. Give the plan with --plan.")
+        plan = plan or _recorded_plan(folder)
         plan.check()
         checkpoint = open_checkpoint(folder)
         source_path = _source_path(plan, against)
@@ -90,10 +87,23 @@ def verify_checkpoint(
         )
     else:
         checks.append(_check_fingerprint(source, plan))
-        checks.append(_check_tensors(checkpoint, source, plan, quiet))
+        if (source.facts.layers, source.facts.num_experts) == (plan.model.layers, plan.model.num_experts):
+            checks.append(_check_tensors(checkpoint, source, plan, quiet))
     if pruned is not None and all(check.passed for check in checks):
         checks += _check_behaviour(pruned, source, plan, device)
     return checks
+
+
+def _recorded_plan(folder: Path) -> Plan:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise VerifyError(f"{folder}: no {MANIFEST}. Give the plan with --plan.")
+    try:
+        return Plan.model_validate(read_json(file)["plan"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerifyError(
+            f"{file}: not a manifest that this version of moeprune reads. Give the plan with --plan."
+        ) from error
 
 
 def _source_path(plan: Plan, against: str | Path | None) -> Path | None:

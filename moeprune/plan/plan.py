@@ -86,6 +86,14 @@ class Plan(BaseModel):
                 f"the plan was made for {self.model.name} ({self.model.fingerprint[:12]}), this is {facts.name} "
                 f"({facts.fingerprint[:12]}): other weights or another config. Calibrate and plan for this model."
             )
+        for what, planned, found in (
+            ("expert layers", _short(self.model.layers), _short(facts.layers)),
+            ("experts a layer", self.model.num_experts, facts.num_experts),
+            ("active experts", self.model.top_k, facts.top_k),
+            ("expert groups", self.model.routing.n_group, facts.routing.n_group),
+        ):
+            if planned != found:
+                raise PlanError(f"the plan was made for a model with {what} {planned}, {facts.name} has {found}.")
 
     def _check_layer(self, layer: LayerPlan) -> None:
         if list(layer.keep) != sorted(set(layer.keep)):
@@ -97,7 +105,8 @@ class Plan(BaseModel):
             )
         if len(layer.keep) != self.num_experts:
             raise PlanError(
-                f"{layer.layer}: keeps {len(layer.keep)} experts, the plan says {self.num_experts}. config.json has room "
+                f"{layer.layer}: keeps {len(layer.keep)} experts, the plan says {self.num_experts}. config.json "
+                "has room "
                 "for one number only, so every layer keeps the same."
             )
         n_group = self.model.routing.n_group
@@ -105,7 +114,8 @@ class Plan(BaseModel):
         per_group = [sum(expert // size == group for expert in layer.keep) for group in range(n_group)]
         if len(set(per_group)) > 1:
             raise PlanError(
-                f"{layer.layer}: keeps {per_group} experts of its {n_group} groups; group-limited routing needs the same "
+                f"{layer.layer}: keeps {per_group} experts of its {n_group} groups; group-limited routing needs "
+                "the same "
                 "number from each."
             )
 
@@ -113,8 +123,9 @@ class Plan(BaseModel):
         """Write the plan as JSON, one line a layer."""
         data = self.model_dump(mode="json")
         layers = ",\n    ".join(json.dumps(layer) for layer in data.pop("layers"))
-        text = json.dumps(data | {"layers": "@"}, indent=2, ensure_ascii=False)
-        write_text(path, text.replace('"@"', f"[\n    {layers}\n  ]") + "\n")
+        # The layers come last, so that the last placeholder is theirs and not a name that a user chose.
+        before, _, after = json.dumps(data | {"layers": "@"}, indent=2, ensure_ascii=False).rpartition('"@"')
+        write_text(path, f"{before}[\n    {layers}\n  ]{after}\n")
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -172,16 +183,19 @@ def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int) -> None:
         raise PlanError(f"cannot use {top_k} active experts: expected 1 to {model.top_k}, the top-k of {model.name}.")
     if top_k > num_experts:
         raise PlanError(
-            f"cannot route to {top_k} of {num_experts} experts. Keep at least {top_k}, or lower --top-k to {num_experts}."
+            f"cannot route to {top_k} of {num_experts} experts. Keep at least {top_k}, or lower --top-k to "
+            f"{num_experts}."
         )
     if routing.n_group == 1:
         return
     per_group, rest = divmod(num_experts, routing.n_group)
     if rest:
-        lower, upper = num_experts - rest, num_experts - rest + routing.n_group
+        least = 2 * routing.n_group
+        lower, upper = num_experts - rest, max(num_experts - rest + routing.n_group, least)
         raise PlanError(
-            f"cannot keep {num_experts} experts a layer: {model.name} routes in {routing.n_group} groups of equal size. "
-            f"Keep {f'{lower} or ' if lower else ''}{upper}."
+            f"cannot keep {num_experts} experts a layer: {model.name} routes in {routing.n_group} groups of equal "
+            "size. "
+            f"Keep {f'{lower} or ' if lower >= least else ''}{upper}."
         )
     if per_group < 2:
         raise PlanError(

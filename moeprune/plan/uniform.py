@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from moeprune.calibrate.stats import Stats
@@ -54,6 +54,9 @@ def make_plan(
     sums = stats.mixed(domains)
     saliency = criterion.function(sums, seed=seed)
     chosen = best_experts(saliency, count=count, n_group=model.routing.n_group)
+    # Mixing rescales the counts; whether an expert was seen often enough is a matter of the tokens that were run.
+    taking_part = [domains is None or domains.get(name, 0) > 0 for name in stats.domains]
+    seen = stats.experts["count"][taking_part].sum(axis=0)
     plan = Plan(
         model=model,
         num_experts=count,
@@ -72,7 +75,7 @@ def make_plan(
             "calibration_tokens": int(stats.tokens.sum()),
             "stats_sha256": stats_sha256,
         },
-        warnings=tuple(_warnings(model, sums, chosen, count, active)),
+        warnings=tuple(_warnings(model, sums["count"], seen, chosen, count, active)),
     )
     plan.check()
     return plan
@@ -80,7 +83,7 @@ def make_plan(
 
 def best_experts(
     saliency: Float64[ndarray, "layers experts"], *, count: int, n_group: int = 1
-) -> list[Float64[ndarray, " kept"]]:
+) -> list[Int64[ndarray, " kept"]]:
     """Ids of the most salient experts of each layer, ascending; the same number from each group.
 
     Equal saliencies are decided by the lower id, so that a plan does not depend on the sorting algorithm.
@@ -93,26 +96,27 @@ def best_experts(
 
 
 def _warnings(
-    model: ModelFacts, sums: Mapping[str, ndarray], chosen: list[ndarray], count: int, top_k: int
+    model: ModelFacts, routed: ndarray, seen: ndarray, chosen: list[ndarray], count: int, top_k: int
 ) -> list[str]:
     warnings = []
-    routed = sums["count"]
-    kept = np.stack([routed[layer, ids] for layer, ids in enumerate(chosen)])
-    starved = int((kept < STARVED_TOKENS).sum())
+    at = np.arange(len(chosen))[:, None], np.stack(chosen)
+    starved = int((seen[at] < STARVED_TOKENS).sum())
     if starved and count < model.num_experts:
         warnings.append(
-            f"{starved} of the {kept.size} kept experts saw fewer than {STARVED_TOKENS} calibration tokens; "
+            f"{starved} of the {seen[at].size} kept experts saw fewer than {STARVED_TOKENS} calibration tokens; "
             "their saliency is a guess. Calibrate on more text."
         )
     if count < model.num_experts and model.routing.scoring == "softmax" and model.routing.renormalised is False:
-        share = 1 - kept.sum() / routed.sum()
+        share = 1 - routed[at].sum() / routed.sum()
         warnings.append(
-            "this router takes a softmax over all experts and does not renormalise the top-k: without the pruned experts "
+            "this router takes a softmax over all experts and does not renormalise the top-k: without the pruned "
+            "experts "
             f"the gate weights of the others grow. {share:.0%} of the routed tokens chose an expert that is pruned."
         )
     if count < model.num_experts and count % 8:
         warnings.append(
-            f"{count} experts is not a multiple of 8: some engines lose their fast router kernels or refuse expert parallelism."
+            f"{count} experts is not a multiple of 8: some engines lose their fast router kernels or refuse "
+            "expert parallelism."
         )
     if top_k == count:
         warnings.append(f"every token uses all {count} experts: the router only weighs them.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -16,6 +16,7 @@ from moeprune.registry import Registry
 Sums = Mapping[str, Float64[ndarray, "layers experts"]]
 
 
+@runtime_checkable
 class ScoreFunction(Protocol):
     """Statistics to saliency, (layers, experts), float64; larger means: keep."""
 

@@ -1,0 +1,1 @@
+"""The measurements that moeprune's documentation quotes: ``python -m benchmarks``."""

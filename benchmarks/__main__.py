@@ -1,0 +1,37 @@
+"""``python -m benchmarks [calibrate|export]``: measure what calibration and export cost, on models made here.
+
+Two things are compared by doing them in turn in one process, and the median of the ratios of neighbours is printed:
+machines drift, ratios of neighbours do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the chosen measurements and print one JSON object a line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", nargs="*", choices=["calibrate", "export"], default=["calibrate", "export"])
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of runs (default 9)")
+    parser.add_argument("--folder", type=Path, help="where the 2 GB checkpoint is made (default: a temporary folder)")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # with one thread, CPU seconds repeat
+    if "calibrate" in arguments.what:
+        from benchmarks.calibration import measure
+
+        for dtype in ("float32", "bfloat16"):
+            print(json.dumps(measure(dtype=dtype, pairs=arguments.pairs)), flush=True)
+    if "export" in arguments.what:
+        from benchmarks.exporting import measure as measure_export
+
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            print(json.dumps(measure_export(folder=Path(folder), pairs=arguments.pairs)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
