@@ -21,7 +21,7 @@ from pathlib import Path
 from moeprune.export.export import export_checkpoint
 from moeprune.plan.plan import Plan
 import torch, transformers
-from transformers import conversion_mapping
+from transformers.models.qwen3_moe import modeling_qwen3_moe  # imported lazily: an import, not a part of the export
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 baseline = peak()
 begun = time.perf_counter()

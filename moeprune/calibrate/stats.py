@@ -125,8 +125,7 @@ class Stats:
                 where = " ".join([self.model.layers[layer], *(f"expert {i}" for i in expert)])
                 raise StatsError(
                     f"{origin}: {name} of {where} in domain {self.domains[domain]!r} is "
-                    f"{array[domain, layer, *expert]}. "
-                    "The model overflows on this text; calibrate in another dtype."
+                    f"{array[domain, layer, *expert]}. The model overflows on this text; calibrate in another dtype."
                 )
 
     def mixed(self, weights: Mapping[str, float] | None = None) -> dict[str, Float64[ndarray, "layers experts"]]:

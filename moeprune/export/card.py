@@ -13,7 +13,7 @@ from moeprune.format import count, size
 from moeprune.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import CardData, ModelCardData
 
 
 BODY = """\
@@ -55,7 +55,7 @@ Pruned experts carry knowledge that calibration text may not have shown. Measure
 """
 
 
-def read_card(path: Path) -> ModelCardData:
+def read_card(path: Path) -> CardData:
     """The front matter of a model card; empty if there is no card.
 
     Raises:
@@ -73,7 +73,7 @@ def read_card(path: Path) -> ModelCardData:
 
 
 def write_card(
-    path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: ModelCardData, name: str, version: str
+    path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: CardData, name: str, version: str
 ) -> None:
     """Write README.md with front matter that the Hub understands.
 
@@ -108,7 +108,7 @@ def write_card(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
 
 
-def _front_matter(source: ModelCardData, *, base_model: str | None) -> ModelCardData:
+def _front_matter(source: CardData, *, base_model: str | None) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     tags = [*(source.get("tags") or []), "moe", "expert-pruning", "moeprune"]

@@ -106,8 +106,7 @@ class Plan(BaseModel):
         if len(layer.keep) != self.num_experts:
             raise PlanError(
                 f"{layer.layer}: keeps {len(layer.keep)} experts, the plan says {self.num_experts}. config.json "
-                "has room "
-                "for one number only, so every layer keeps the same."
+                "has room for one number only, so every layer keeps the same."
             )
         n_group = self.model.routing.n_group
         size = self.model.num_experts // n_group
@@ -115,8 +114,7 @@ class Plan(BaseModel):
         if len(set(per_group)) > 1:
             raise PlanError(
                 f"{layer.layer}: keeps {per_group} experts of its {n_group} groups; group-limited routing needs "
-                "the same "
-                "number from each."
+                "the same number from each."
             )
 
     def save(self, path: Path) -> None:
@@ -194,8 +192,7 @@ def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int) -> None:
         lower, upper = num_experts - rest, max(num_experts - rest + routing.n_group, least)
         raise PlanError(
             f"cannot keep {num_experts} experts a layer: {model.name} routes in {routing.n_group} groups of equal "
-            "size. "
-            f"Keep {f'{lower} or ' if lower >= least else ''}{upper}."
+            f"size. Keep {f'{lower} or ' if lower >= least else ''}{upper}."
         )
     if per_group < 2:
         raise PlanError(

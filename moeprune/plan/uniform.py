@@ -107,11 +107,10 @@ def _warnings(
             "their saliency is a guess. Calibrate on more text."
         )
     if count < model.num_experts and model.routing.scoring == "softmax" and model.routing.renormalised is False:
-        share = 1 - routed[at].sum() / routed.sum()
+        share = 1 - routed[at].sum() / max(routed.sum(), 1)
         warnings.append(
             "this router takes a softmax over all experts and does not renormalise the top-k: without the pruned "
-            "experts "
-            f"the gate weights of the others grow. {share:.0%} of the routed tokens chose an expert that is pruned."
+            f"experts the gate weights of the others grow. {share:.0%} of the routed tokens chose a pruned expert."
         )
     if count < model.num_experts and count % 8:
         warnings.append(
