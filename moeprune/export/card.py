@@ -72,9 +72,7 @@ def read_card(path: Path) -> CardData:
         raise ExportError(f"{path}: its front matter is not YAML ({reason}). Mend or delete it.") from error
 
 
-def write_card(
-    path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: CardData, name: str, version: str
-) -> None:
+def write_card(path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: CardData, name: str, version: str) -> None:
     """Write README.md with front matter that the Hub understands.
 
     Args:

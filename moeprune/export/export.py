@@ -102,9 +102,12 @@ def export_checkpoint(
     write_json(partial / MANIFEST, _manifest(checkpoint, plan, summary))
     config = prune_config_json(checkpoint.config, anatomy, num_experts=plan.num_experts, top_k=plan.top_k)
     write_json(partial / "config.json", config)  # last: without it the folder is not a checkpoint
+    replaced = out.with_name(f"{out.name}.replaced")
     if out.exists():
-        shutil.rmtree(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
     partial.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
     return summary
 
 
