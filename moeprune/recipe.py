@@ -225,6 +225,17 @@ def _resolve(variant: Variant) -> list[PlanSettings]:
     return resolved
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key is given once: plain YAML takes the last of two and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
@@ -234,7 +245,7 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe. `moeprune ls recipes` lists those that ship with moeprune.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):

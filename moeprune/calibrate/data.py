@@ -106,7 +106,7 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"two data sets are named {name!r}. Name them: --data first={name} --data second=...")
+            raise DataError(f"two data sets are named {name!r}. Give them names: --data NAME=SOURCE.")
     for spec in specs:
         path = Path(spec.source)
         if path.is_dir() or (path.is_file() and spec.local_format is None):

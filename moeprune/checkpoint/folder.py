@@ -163,7 +163,8 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     index = path / INDEX_NAME
     if index.is_file() and (path / SINGLE_NAME).is_file():
         raise CheckpointError(
-            f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and readers differ in which they take. Delete one of them."
+            f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and readers differ in which they take. "
+            "Delete one of them."
         )
     if index.is_file():
         weight_map = _weight_map(index)

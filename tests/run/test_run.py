@@ -37,7 +37,7 @@ def test_a_run_folder_holds_every_artifact(finished: tuple[Path, dict]) -> None:
     out, facts = finished
     for name in (
         "recipe.yaml", "stats.safetensors", "plan.json", "checkpoint/config.json", "checkpoint/moeprune.json",
-        "eval.json",        "report.html", "report.md", "report.json", "run.json", *(f"eval/{name}.json" for name in VARIANTS),
+        "eval.json", "report.html", "report.md", "report.json", "run.json", *(f"eval/{name}.json" for name in VARIANTS),
     ):  # fmt: skip
         assert (out / name).is_file(), name
     assert [variant["name"] for variant in facts["variants"]] == VARIANTS
@@ -158,18 +158,14 @@ def test_impossible_variants_are_refused_before_anything_runs(tiny_model: Path, 
     name = re.escape(str(tiny_model))
     out = tmp_path / "run"
     message = refusal(make_recipe(tiny_model, variants=[{"keep_experts": 2}], export=None), out, PlanError)
-    assert message == (
-        "variant 'reap-2e': cannot route to 3 of 2 experts. Keep at least 3, or lower --top-k to 2."
-    )
+    assert message == ("variant 'reap-2e': cannot route to 3 of 2 experts. Keep at least 3, or lower --top-k to 2.")
     message = refusal(make_recipe(tiny_model, variants=[{"top_k": 4}], export=None), out, PlanError)
     assert re.fullmatch(
         f"variant 'topk-4': cannot use 4 active experts: expected 1 to 3, the top-k of {name}.", message
     )
     domains = [{"keep": 0.5, "domains": {"pyton": 1.0}}]
     message = refusal(make_recipe(tiny_model, variants=domains, export=None), out, PlanError)
-    assert message == (
-        "variant 'reap-50': unknown domain 'pyton'. Did you mean 'python'? Known: german, python."
-    )
+    assert message == ("variant 'reap-50': unknown domain 'pyton'. Did you mean 'python'? Known: german, python.")
     unknown = make_recipe(tiny_model, evaluate={"tasks": ["offline_choice_pyton"]})
     assert "Did you mean 'offline_choice_python'?" in refusal(unknown, out, EvaluationError)
     assert not out.exists()

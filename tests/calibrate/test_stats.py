@@ -1,0 +1,132 @@
+"""The statistics file: what is read is what was written, and everything else is refused with the way out."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
+from moeprune.errors import StatsError
+from tests.fake_stats import fake_stats
+
+INCOMPLETE = r"^{}: not a complete statistics file \(.+\)\. Calibrate again\.$"
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    stats = fake_stats()
+    path = tmp_path / "new folder" / "stats.safetensors"
+    stats.save(path)
+    loaded = Stats.load(path)
+    assert loaded.model == stats.model
+    assert loaded.domains == stats.domains
+    assert loaded.runs == stats.runs
+    np.testing.assert_array_equal(loaded.tokens, stats.tokens)
+    assert loaded.experts.keys() == EXPERT_SUMS.keys() and loaded.layers.keys() == LAYER_SUMS.keys()
+    for name in EXPERT_SUMS:
+        np.testing.assert_array_equal(loaded.experts[name], stats.experts[name], err_msg=name)
+        assert loaded.experts[name].dtype == np.float64
+    for name in LAYER_SUMS:
+        np.testing.assert_array_equal(loaded.layers[name], stats.layers[name], err_msg=name)
+    assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    fake_stats().save(tmp_path / "a")
+    fake_stats().save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_views_are_saved_as_what_they_show(tmp_path):
+    stats = fake_stats()
+    stats.experts["count"] = np.asfortranarray(stats.experts["count"])
+    stats.save(tmp_path / "stats")
+    np.testing.assert_array_equal(Stats.load(tmp_path / "stats").experts["count"], stats.experts["count"])
+
+
+def test_a_missing_file(tmp_path):
+    path = tmp_path / "none.safetensors"
+    with pytest.raises(StatsError) as error:
+        Stats.load(path)
+    assert str(error.value) == (
+        f"{path}: no such statistics file. `moeprune calibrate MODEL --data ... --out {path}` makes it."
+    )
+
+
+def test_a_folder_is_not_a_statistics_file(tmp_path):
+    with pytest.raises(StatsError, match=f"^{re.escape(str(tmp_path))}: no such statistics file"):
+        Stats.load(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 5, 300, -1])
+def test_a_truncated_file(tmp_path, length):
+    path = tmp_path / "stats"
+    fake_stats().save(path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(StatsError, match=INCOMPLETE.format(re.escape(str(path)))):
+        Stats.load(path)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"format": 1}')
+    with pytest.raises(StatsError, match=INCOMPLETE.format(re.escape(str(path)))):
+        Stats.load(path)
+
+
+def test_weights_are_not_statistics(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": np.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(StatsError) as error:
+        Stats.load(path)
+    assert str(error.value) == f"{path}: a safetensors file, but not statistics of moeprune."
+
+
+def rewritten(path, header_change):
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["moeprune"]) | header_change
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(arrays, path, {"moeprune": json.dumps(header)})
+
+
+def test_a_later_format(tmp_path):
+    path = tmp_path / "stats"
+    fake_stats().save(path)
+    rewritten(path, {"format": 2})
+    with pytest.raises(StatsError) as error:
+        Stats.load(path)
+    assert str(error.value) == f"{path}: statistics format 2; this version of moeprune reads 1. Update moeprune."
+
+
+def test_a_later_format_is_refused_even_when_its_arrays_are_unknown(tmp_path):
+    path = tmp_path / "stats"
+    save_file({"renamed": np.zeros(3)}, path, {"moeprune": '{"format": 7}'})
+    with pytest.raises(StatsError, match="statistics format 7; this version of moeprune reads 1"):
+        Stats.load(path)
+
+
+@pytest.mark.parametrize("name", EXPERT_SUMS)
+def test_a_value_that_is_not_finite_is_named(tmp_path, name):
+    stats = fake_stats()
+    stats.experts[name][1, 0, 7] = np.inf
+    path = tmp_path / "stats"
+    stats.save(path)
+    with pytest.raises(StatsError) as error:
+        Stats.load(path)
+    assert str(error.value) == (
+        f"{path}: {name} of model.layers.1 expert 7 in domain 'math' is inf. "
+        "The model overflows on this text; calibrate in another dtype."
+    )
+
+
+def test_an_entropy_that_is_not_finite_is_named():
+    stats = fake_stats()
+    stats.layers["gate_entropy_sum"][0, 1] = np.nan
+    with pytest.raises(StatsError) as error:
+        stats.check("calibration")
+    assert str(error.value) == (
+        "calibration: gate_entropy_sum of model.layers.2 in domain 'code' is nan. "
+        "The model overflows on this text; calibrate in another dtype."
+    )

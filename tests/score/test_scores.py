@@ -1,0 +1,92 @@
+"""Every criterion against its formula, written out a second time."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moeprune.score
+from moeprune.calibrate.stats import EXPERT_SUMS
+from moeprune.errors import PlanError
+from moeprune.score import SCORES
+from tests.fake_stats import fake_stats
+
+SUMS = fake_stats().mixed()
+
+
+def by_hand(name: str, layer: int, expert: int) -> float:
+    count, gate_sum, norm_sum, gated = (
+        SUMS[key][layer, expert] for key in ("count", "gate_sum", "norm_sum", "gated_norm_sum")
+    )
+    return {
+        "frequency": count,
+        "soft-frequency": gate_sum,
+        "ean": norm_sum,
+        "reap": gated / count if count else 0.0,
+    }[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"random"}))
+def test_a_criterion_is_its_formula(name):
+    saliency = SCORES.get(name).function(SUMS, seed=0)
+    expected = [[by_hand(name, layer, expert) for expert in range(10)] for layer in range(2)]
+    np.testing.assert_allclose(saliency, expected, rtol=1e-12)
+    assert saliency.dtype == np.float64
+
+
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"random"}))
+def test_an_expert_that_was_never_chosen_matters_least_and_warns_of_nothing(name):
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        saliency = SCORES.get(name).function(SUMS, seed=0)
+    assert (SUMS["count"][:, -1] == 0).all()
+    assert (saliency[:, -1] == 0).all()
+    assert (saliency[:, :-1] > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_a_criterion_leaves_the_statistics_alone(name):
+    """Returning an array of the statistics itself would let a later stage change them."""
+    sums = {key: array.copy() for key, array in SUMS.items()}
+    SCORES.get(name).function(sums, seed=0)[:] = -1
+    for key in EXPERT_SUMS:
+        np.testing.assert_array_equal(sums[key], SUMS[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"random"}))
+def test_only_random_depends_on_the_seed(name):
+    score = SCORES.get(name).function
+    np.testing.assert_array_equal(score(SUMS, seed=0), score(SUMS, seed=1))
+
+
+def test_random_depends_on_the_seed_alone():
+    score = SCORES.get("random").function
+    first = score(SUMS, seed=0)
+    np.testing.assert_array_equal(first, score(fake_stats(seed=9).mixed(), seed=0))
+    assert (first != score(SUMS, seed=1)).all()
+    assert first.shape == (2, 10) and ((first >= 0) & (first < 1)).all()
+    assert len(np.unique(first)) == first.size
+
+
+def test_every_file_is_a_criterion_of_the_same_name():
+    files = {file.stem for file in Path(moeprune.score.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert {name.replace("-", "_") for name in SCORES} == files
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_every_criterion_says_what_it_computes_and_who_proposed_it(name):
+    score = SCORES.get(name)
+    assert score.name == name
+    assert score.formula and "arXiv" in score.source
+    assert score.function.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("raep", "Did you mean 'reap'? "), ("soft_frequency", "Did you mean 'soft-frequency'? "), ("x", "")],
+)
+def test_an_unknown_criterion(name, hint):
+    with pytest.raises(PlanError) as error:
+        SCORES.get(name)
+    assert str(error.value) == f"unknown score {name!r}. {hint}Known: ean, frequency, random, reap, soft-frequency."
