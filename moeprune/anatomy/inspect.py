@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeprune.anatomy.derive import Anatomy, derive_anatomy
+from moeprune.anatomy.anatomy import Anatomy
+from moeprune.anatomy.derive import derive_anatomy
 from moeprune.anatomy.names import find_field
 from moeprune.anatomy.sizes import ModelSizes, measure_sizes
 from moeprune.anatomy.skeleton import load_config

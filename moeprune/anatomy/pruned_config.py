@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from moeprune.anatomy.derive import Anatomy
+from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.skeleton import with_value
 
 if TYPE_CHECKING:

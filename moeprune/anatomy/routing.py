@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeprune.facts import Routing
 
 if TYPE_CHECKING:
-    from moeprune.anatomy.derive import ExpertAxis, MoeLayer
+    from moeprune.anatomy.anatomy import ExpertAxis, MoeLayer
 
 NUM_PROBES = 32
 SCORINGS = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": lambda logits: logits.sigmoid()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeprune.anatomy.derive import Anatomy
+from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.stored import model_names
 from moeprune.checkpoint.header import TensorInfo
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moeprune.anatomy.derive import Anatomy, derive_anatomy
+from moeprune.anatomy.anatomy import Anatomy
+from moeprune.anatomy.derive import derive_anatomy
 from moeprune.anatomy.skeleton import load_config
 from moeprune.anatomy.stored import Role, map_stored
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeprune.anatomy.derive import Anatomy, ExpertAxis
+from moeprune.anatomy.anatomy import Anatomy, ExpertAxis
 from moeprune.checkpoint.header import TensorInfo
 from moeprune.errors import CheckpointError, UnsupportedModelError
 

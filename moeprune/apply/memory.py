@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moeprune.anatomy.derive import Anatomy
+from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.pruned_config import prune_config
 from moeprune.plan.plan import Plan
 

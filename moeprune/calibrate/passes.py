@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from moeprune.anatomy.derive import Anatomy
+from moeprune.anatomy.anatomy import Anatomy
 from moeprune.calibrate.data import Rows
 from moeprune.calibrate.observer import Observer
 from moeprune.calibrate.stats import Stats

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from moeprune.anatomy.derive import MoeLayer, decoder_layer_of, derive_anatomy
+from moeprune.anatomy.anatomy import MoeLayer
+from moeprune.anatomy.derive import decoder_layer_of, derive_anatomy
 from moeprune.anatomy.names import ConfigField, find_field, groups_of
 from moeprune.anatomy.pruned_config import prune_config, prune_config_json
 from moeprune.anatomy.skeleton import load_config, model_class

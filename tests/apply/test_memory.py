@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moeprune.anatomy.derive import Anatomy, derive_anatomy
+from moeprune.anatomy.anatomy import Anatomy
+from moeprune.anatomy.derive import derive_anatomy
 from moeprune.apply.memory import apply_plan, pruned_state
 from moeprune.checkpoint.load import align_memory
 from moeprune.errors import PlanError
