@@ -31,6 +31,8 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+# Waiting threads sleep instead of spinning: on a busy machine that is the difference between minutes and an hour.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.demo
 	$(BIN)/moeprune run recipes/quickstart.yaml --out runs/quickstart
 
