@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moeprune.checkpoint.load import long_texts
 from moeprune.data_spec import LOCAL_FORMATS, DataSpec
 from moeprune.errors import DataError, did_you_mean
 
@@ -62,7 +62,7 @@ def read_domain(
     """
     budget = spec.tokens or tokens
     flat: list[int] = []
-    with _long_texts(tokenizer):
+    with long_texts(tokenizer):
         for document in _documents(spec, tokenizer, seed):
             flat.extend(document)
             if len(flat) >= budget:
@@ -80,17 +80,6 @@ def read_domain(
     mask = torch.ones(ids.numel(), dtype=torch.bool)
     mask[len(flat) :] = False
     return Rows(spec.name, ids, mask.view_as(ids))
-
-
-@contextmanager
-def _long_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Documents are cut into rows after they are tokenised; without this, long ones are warned about."""
-    limit = tokenizer.model_max_length
-    tokenizer.model_max_length = 1 << 60
-    try:
-        yield
-    finally:
-        tokenizer.model_max_length = limit
 
 
 def check_domains(specs: Sequence[DataSpec]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,3 +97,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no tokenizer that transformers can load ({error}).") from error
+
+
+@contextmanager
+def long_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let texts be longer than the model's context inside the block: they are cut after they are tokenised.
+
+    Without this, transformers warns that such a text would not fit the model.
+    """
+    limit = tokenizer.model_max_length
+    tokenizer.model_max_length = 1 << 60
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = limit

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeprune.checkpoint.load import long_texts
 from moeprune.errors import EvaluationError
 from moeprune.evaluate.compare import pool
 from moeprune.evaluate.metrics import primary_metric, task_result
@@ -67,7 +68,7 @@ def evaluate_model(
     _refuse_settings(tokenizer, limit=limit, batch_size=batch_size, apply_chat_template=apply_chat_template)
     start = time.perf_counter()
     selection = check_tasks(tasks, include_path=include_path)
-    with _quietly(quiet), _seeded(seed), _in_eval_mode(model):
+    with _quietly(quiet), _seeded(seed), _in_eval_mode(model), long_texts(tokenizer):
         loaded, members = _load(selection, seed=seed)
         metrics = {task: primary_metric(loaded[task]) for task in loaded}
         samples = _samples(
