@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as encode
 
 from moeprune.errors import StatsError, did_you_mean
 from moeprune.facts import ModelFacts
@@ -77,9 +77,9 @@ class Stats:
         arrays = {"tokens": self.tokens} | {f"experts.{k}": v for k, v in self.experts.items()}
         arrays |= {f"layers.{k}": v for k, v in self.layers.items()}
         with replacing(path) as temporary:
-            save_file(
-                {k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {"moeprune": json.dumps(header)}
-            )
+            # Not save_file: it makes files that only their owner can read, and statistics are there to be shared.
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            temporary.write_bytes(encode(contiguous, {"moeprune": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: Path) -> Stats:

@@ -58,7 +58,14 @@ class ExportSummary:
 
 
 def export_checkpoint(
-    model: str | Path, *, plan: Plan, out: Path, force: bool = False, dry_run: bool = False, quiet: bool = False
+    model: str | Path,
+    *,
+    plan: Plan,
+    out: Path,
+    name: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
 ) -> ExportSummary:
     """Write the checkpoint that ``plan`` leaves of ``model``.
 
@@ -69,6 +76,7 @@ def export_checkpoint(
         model: ``demo``, a folder or a Hub id.
         plan: A plan for this very model.
         out: The folder to make.
+        name: Name in the model card; by default that of the folder.
         force: Replace ``out`` if it exists.
         dry_run: Check everything and write nothing.
         quiet: No progress bar.
@@ -97,7 +105,7 @@ def export_checkpoint(
         shutil.copy2(checkpoint.path / relative, partial / relative)
     write_card(
         partial / "README.md", plan=plan, sizes=summary.sizes, source_card=source_card,
-        name=out.name, version=__version__,
+        name=name or out.name, version=__version__,
     )  # fmt: skip
     write_json(partial / MANIFEST, _manifest(checkpoint, plan, summary))
     config = prune_config_json(checkpoint.config, anatomy, num_experts=plan.num_experts, top_k=plan.top_k)

@@ -155,7 +155,8 @@ def _export(space: Workspace, name: str) -> Stage:
 
     def work() -> None:
         plan = space.plan(name)
-        export_checkpoint(space.recipe.model, plan=plan, out=folder, force=True, quiet=space.quiet)
+        title = f"{Path(space.recipe.model).name}-{name}"
+        export_checkpoint(space.recipe.model, plan=plan, out=folder, name=title, force=True, quiet=space.quiet)
         plan.save(space.out / "plan.json")
 
     return Stage(
