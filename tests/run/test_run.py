@@ -43,9 +43,7 @@ def test_a_run_folder_holds_every_artifact(finished: tuple[Path, dict]) -> None:
     assert [variant["name"] for variant in facts["variants"]] == VARIANTS
     assert facts["verify"]["passed"]
     assert "# tiny-moe-ean-80-topk-2\n" in (out / "checkpoint" / "README.md").read_text()
-    assert (out / "stats.safetensors").stat().st_mode == (
-        out / "eval.json"
-    ).stat().st_mode  # for the same readers
+    assert (out / "stats.safetensors").stat().st_mode == (out / "eval.json").stat().st_mode  # for the same readers
     assert json.loads((out / "report.json").read_text())["variants"] == facts["variants"]
     assert load_recipe(out / "recipe.yaml").plans == make_recipe(Path(facts["model"]["name"])).plans
 
