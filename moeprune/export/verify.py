@@ -23,6 +23,7 @@ from moeprune.errors import CheckpointError, VerifyError
 from moeprune.export.export import MANIFEST
 from moeprune.files import read_json
 from moeprune.plan.plan import Plan
+from moeprune.resources import DEMO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,11 +110,8 @@ def _recorded_plan(folder: Path) -> Plan:
 def _source_path(plan: Plan, against: str | Path | None) -> Path | None:
     if against is not None:
         return resolve_model(against)
-    return (
-        Path(plan.model.name)
-        if Path(plan.model.name).is_dir()
-        else (resolve_model(plan.model.name) if plan.model.name == "demo" else None)
-    )
+    recorded = plan.model.name
+    return resolve_model(recorded) if recorded == DEMO or Path(recorded).is_dir() else None
 
 
 def _check_counts(checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel | None) -> Check:
@@ -207,7 +205,8 @@ def _check_behaviour(pruned: PreTrainedModel, source: Source | None, plan: Plan,
     from moeprune.apply.memory import apply_plan
 
     generator = torch.Generator().manual_seed(0)
-    vocab = derive_anatomy(pruned.config).vocab_size
+    embedding: Any = pruned.get_input_embeddings()
+    vocab = int(embedding.weight.shape[0])
     probes = [torch.randint(vocab, (2, length), generator=generator).to(pruned.device) for length in PROBE_LENGTHS]
     logits = [_logits(pruned, ids) for ids in probes]
     checks = []
