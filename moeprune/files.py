@@ -1,14 +1,21 @@
-"""Writing files so that a killed run never leaves a half-written one under its final name."""
+"""Files: written so that a killed run never leaves half of one under its final name, JSON read without guessing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+MAX_JSON_BYTES = 100_000_000  # the index of a model with a million tensors; what is larger is something else
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -33,18 +40,89 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` to ``path`` in one step, indented as the field writes its JSON; NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    """Write ``value`` to ``path`` in one step, indented as the field writes its JSON.
+
+    Args:
+        path: The final file.
+        value: What to write.
+        allow_nan: Write numbers that JSON does not have as Python does (``Infinity``, ``NaN``) instead of refusing
+            them: for a file that had them before and whose readers know them, such as the config.json of Nemotron-H.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in ``path``.
+def read_json(path: Path, *, allow_nan: bool = True) -> Any:
+    """The JSON value in ``path``, as :func:`parse_json` reads it.
 
     Raises:
-        json.JSONDecodeError: If the file is not JSON.
+        ValueError: If the file is not JSON, or larger than :data:`MAX_JSON_BYTES`.
+        OSError: If it cannot be read.
     """
-    return json.loads(path.read_text(encoding="utf-8"))
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{size} bytes, expected at most {MAX_JSON_BYTES}")
+    return parse_json(path.read_bytes(), allow_nan=allow_nan)
+
+
+def parse_json(data: bytes, *, allow_nan: bool = True) -> Any:
+    """The JSON value that ``data`` spells in UTF-8, if it has exactly one meaning.
+
+    Stricter than :func:`json.loads`: a key that stands twice in an object is refused, because readers differ in which
+    value they take, and so is half a surrogate pair, which cannot be written again. ``-0`` is the number that JSON
+    means, a float.
+
+    Args:
+        data: The bytes of a file.
+        allow_nan: Take ``NaN`` and ``Infinity``, which Python writes and JSON does not have, and numbers too large for
+            a float.
+
+    Raises:
+        ValueError: If it is anything else (also :class:`json.JSONDecodeError` and :class:`UnicodeDecodeError`).
+    """
+    text = data.decode("utf-8")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_repetition,
+            parse_int=_integer,
+            parse_constant=float if allow_nan else _no_number,
+            parse_float=float if allow_nan else _finite,
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if SURROGATE.search(text):  # most are whole pairs
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shorten(key)} is given more than once")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if text != "-0" else -0.0
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number that JSON has")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(shorten(text))
+
+
+def shorten(value: Any) -> str:
+    """``repr`` of a value from a file, cut where it would fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 160
+    short.maxlist = short.maxdict = 8
+    return short.repr(value)
 
 
 def sha256_file(path: Path) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeprune.checkpoint.formats import explain_missing_weights
 from moeprune.checkpoint.header import TensorInfo, read_header
 from moeprune.errors import CheckpointError, did_you_mean
-from moeprune.files import read_json
+from moeprune.files import read_json, shorten
 from moeprune.resources import DEMO, DEMO_DIR
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 65_536
+SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")  # no path: an index names files beside itself
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,16 @@ class Checkpoint:
         """SHA-256 over config, headers and the first and last 64 KiB of every shard's data.
 
         Reading a sample tells a fine-tuned sibling of the same shapes apart without reading hundreds of gigabytes.
+
+        Raises:
+            CheckpointError: If a shard can no longer be read.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for shard in self.shards:
-            size = shard.stat().st_size
-            with shard.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(length))
-                digest.update(file.read(SAMPLE_BYTES))
-                file.seek(max(8 + length, size - SAMPLE_BYTES))
-                digest.update(file.read(SAMPLE_BYTES))
+            try:
+                _digest_sample(shard, digest)
+            except OSError as error:
+                raise CheckpointError(f"{shard}: cannot be read ({error.strerror}).") from error
         return digest.hexdigest()
 
 
@@ -101,23 +105,17 @@ def _download(model: str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder, as written.
+    """config.json of a folder, as written (``Infinity``, which some configs hold, included).
 
     Raises:
-        CheckpointError: If it is missing or not a JSON object.
+        CheckpointError: If it is missing or not a JSON object, or if a key in it is given twice.
     """
     file = path / "config.json"
-    if not file.is_file():
+    if not _is_file(file):
         raise CheckpointError(
             f"{path}: no config.json. Give the folder that holds config.json and the safetensors files."
         )
-    try:
-        config = read_json(file)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(config).__name__}.")
-    return config
+    return _read_object(file)
 
 
 def has_weights(path: Path) -> bool:
@@ -128,10 +126,19 @@ def has_weights(path: Path) -> bool:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder: config and headers, no weight is read.
 
+    A tensor that a shard holds and the index does not name belongs to the checkpoint: transformers, vLLM and SGLang
+    take from the index only which files to read.
+
     Raises:
-        CheckpointError: If files are missing, damaged, or index and headers disagree.
+        CheckpointError: If files are missing, damaged or in another format, or index and headers disagree.
     """
     config = read_config(path)
+    explicit = config.get("transformers_weights")
+    if explicit is not None:
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers_weights {shorten(explicit)} makes transformers read other files "
+            "than all other readers. Delete that key, or rename the files."
+        )
     shards, weight_map = _shards(path)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, dict[str, str]] = {}
@@ -139,7 +146,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         found, metadata[shard.name] = read_header(shard)
         twice = tensors.keys() & found.keys()
         if twice:
-            raise CheckpointError(f"{shard}: tensor {min(twice)!r} is stored twice.")
+            name = min(twice)
+            raise CheckpointError(f"{shard}: tensor {name!r} is stored twice, here and in {tensors[name].file.name}.")
         tensors |= found
     if not tensors:
         raise CheckpointError(f"{path}: its safetensors files hold no tensors. Download it again.")
@@ -149,37 +157,65 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, config=config, shards=shards, tensors=tensors, metadata=metadata)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = read_json(index)["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index with a weight_map. Download it again.") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: not a safetensors index with a weight_map. Download it again.")
-    return weight_map
-
-
 def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
-    index = path / INDEX_NAME
-    if index.is_file() and (path / SINGLE_NAME).is_file():
+    index, single = path / INDEX_NAME, path / SINGLE_NAME
+    if _is_file(index) and _is_file(single):
         raise CheckpointError(
             f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and readers differ in which they take. "
             "Delete one of them."
         )
-    if index.is_file():
-        weight_map = _weight_map(index)
-        shards = tuple(path / name for name in sorted(set(weight_map.values())))
-        missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
+    if _is_file(single):
+        return (single,), {}
+    if not _is_file(index):
+        raise CheckpointError(f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, {explain_missing_weights(path)}")
+    weight_map = _weight_map(index)
+    shards = tuple(path / name for name in sorted(set(weight_map.values())))
+    missing = [shard.name for shard in shards if not _is_file(shard)]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(shards)} shards of {INDEX_NAME} are missing, first {missing[0]}. "
+            "Download the checkpoint again."
+        )
+    return shards, weight_map
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: not a safetensors index with a weight_map. Download it again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise CheckpointError(
-                f"{path}: {len(missing)} of {len(shards)} shards of {INDEX_NAME} are missing, first {missing[0]}. "
-                "Download the checkpoint again."
+                f"{index}: puts {shorten(name)} in {shorten(file)}; expected the name of a .safetensors file in the "
+                "same folder."
             )
-        return shards, weight_map
-    if (path / SINGLE_NAME).is_file():
-        return (path / SINGLE_NAME,), {}
-    others = sorted(file.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in path.glob(pattern))
-    found = f"found {', '.join(others[:3])}" if others else "found no weights"
-    raise CheckpointError(
-        f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, {found}. Save the model with `save_pretrained` first."
-    )
+    return weight_map
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}).") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be searched
+        return False
+
+
+def _digest_sample(shard: Path, digest: hashlib._Hash) -> None:
+    with shard.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = min(int.from_bytes(file.read(8), "little"), size)
+        digest.update(file.read(length))
+        digest.update(file.read(SAMPLE_BYTES))
+        file.seek(max(8 + length, size - SAMPLE_BYTES))
+        digest.update(file.read(SAMPLE_BYTES))
