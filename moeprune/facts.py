@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -17,6 +19,7 @@ class Routing(BaseModel):
             not their weights).
         n_group: Number of expert groups; 1 means that routing is not group-limited.
         topk_group: Number of groups a token may use.
+        group_score: What a group is worth: ``"top2"``, the sum of its two best experts, or ``"max"``, its best one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +30,7 @@ class Routing(BaseModel):
     bias: str = "none"
     n_group: int = 1
     topk_group: int = 1
+    group_score: Literal["top2", "max"] = "top2"
 
     def describe(self) -> str:
         """One line for people, such as ``sigmoid, correction bias, 4 of 8 groups, renormalised, x 2.5``."""
@@ -55,6 +59,7 @@ class ModelFacts(BaseModel):
         layers: Paths of the decoder layers that hold experts, in order (``model.layers.3``).
         num_experts: Routed experts a layer.
         top_k: Routed experts a token uses.
+        top_k_fixed: Whether the model's code leaves no choice of ``top_k``.
         routing: How the router works.
     """
 
@@ -66,4 +71,5 @@ class ModelFacts(BaseModel):
     layers: tuple[str, ...]
     num_experts: int
     top_k: int
+    top_k_fixed: bool = False
     routing: Routing

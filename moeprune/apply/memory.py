@@ -34,7 +34,7 @@ def apply_plan(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> PreTr
         PlanError: If the plan contradicts itself or the model's layers and counts.
     """
     plan.check(anatomy.facts(name=plan.model.name, fingerprint=plan.model.fingerprint))
-    config = prune_config(anatomy, num_experts=plan.num_experts, top_k=plan.top_k)
+    config = prune_config(anatomy, num_experts=plan.num_experts, top_k=plan.top_k, n_group=plan.n_group)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         pruned = type(model)._from_config(config)

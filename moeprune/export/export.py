@@ -108,7 +108,9 @@ def export_checkpoint(
         name=name or out.name, version=__version__,
     )  # fmt: skip
     write_json(partial / MANIFEST, _manifest(checkpoint, plan, summary))
-    config = prune_config_json(checkpoint.config, anatomy, num_experts=plan.num_experts, top_k=plan.top_k)
+    config = prune_config_json(
+        checkpoint.config, anatomy, num_experts=plan.num_experts, top_k=plan.top_k, n_group=plan.n_group
+    )
     write_json(partial / "config.json", config)  # last: without it the folder is not a checkpoint
     replaced = out.with_name(f"{out.name}.replaced")
     if out.exists():

@@ -36,6 +36,8 @@ class Plan(BaseModel):
         num_experts: Experts a layer after pruning.
         top_k: Active experts a token after pruning.
         layers: One entry for each layer with experts, in order.
+        n_group: 1 turns group-limited routing off: a token may then use any of the kept experts. None leaves the groups
+            as they are.
         method: How the experts were chosen (score, ratio, domains, seed, hash of the statistics), for the record.
         warnings: What a user should know before trusting the result.
     """
@@ -47,6 +49,7 @@ class Plan(BaseModel):
     num_experts: int
     top_k: int
     layers: tuple[LayerPlan, ...]
+    n_group: Literal[1] | None = None
     method: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -54,6 +57,11 @@ class Plan(BaseModel):
     def keep(self) -> dict[str, tuple[int, ...]]:
         """Kept expert ids by layer path."""
         return {layer.layer: layer.keep for layer in self.layers}
+
+    @property
+    def num_groups(self) -> int:
+        """Expert groups of the pruned model's routing; 1 where any experts may be combined."""
+        return self.model.routing.n_group if self.n_group is None else self.n_group
 
     @property
     def sha256(self) -> str:
@@ -78,7 +86,7 @@ class Plan(BaseModel):
             )
         for layer in self.layers:
             self._check_layer(layer)
-        check_sizes(self.model, num_experts=self.num_experts, top_k=self.top_k)
+        check_sizes(self.model, num_experts=self.num_experts, top_k=self.top_k, n_group=self.n_group)
 
     def _check_model(self, facts: ModelFacts) -> None:
         if facts.fingerprint != self.model.fingerprint:
@@ -108,13 +116,13 @@ class Plan(BaseModel):
                 f"{layer.layer}: keeps {len(layer.keep)} experts, the plan says {self.num_experts}. config.json "
                 "has room for one number only, so every layer keeps the same."
             )
-        n_group = self.model.routing.n_group
+        n_group = self.num_groups
         size = self.model.num_experts // n_group
         per_group = [sum(expert // size == group for expert in layer.keep) for group in range(n_group)]
         if len(set(per_group)) > 1:
             raise PlanError(
                 f"{layer.layer}: keeps {per_group} experts of its {n_group} groups; group-limited routing needs "
-                "the same number from each."
+                "the same number from each. To choose across groups, plan with --no-groups."
             )
 
     def save(self, path: Path) -> None:
@@ -146,29 +154,31 @@ class Plan(BaseModel):
         return plan
 
 
-def num_to_keep(model: ModelFacts, *, keep: float) -> int:
+def num_to_keep(model: ModelFacts, *, keep: float, n_group: int | None = None) -> int:
     """Experts a layer that a share stands for, rounded to the nearest number that fits the groups.
 
     Args:
         model: The model before pruning.
         keep: Share of experts to keep, above 0 and at most 1.
+        n_group: Expert groups of the pruned model; by default the model's.
 
     Raises:
         PlanError: If the share is out of range.
     """
     if not 0 < keep <= 1:
         raise PlanError(f"--keep {keep}: expected a share above 0 and at most 1. For a number, use --keep-experts.")
-    n_group = model.routing.n_group
+    n_group = n_group or model.routing.n_group
     return max(1, int(keep * model.num_experts / n_group + 0.5)) * n_group
 
 
-def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int) -> None:
+def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int, n_group: int | None = None) -> None:
     """Refuse counts with which the model cannot route.
 
     Args:
         model: The model before pruning.
         num_experts: Experts a layer to keep.
         top_k: Active experts a token.
+        n_group: Expert groups of the pruned model; by default the model's.
 
     Raises:
         PlanError: If they are out of range, or impossible under group-limited routing (transformers does not check this
@@ -184,20 +194,25 @@ def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int) -> None:
             f"cannot route to {top_k} of {num_experts} experts. Keep at least {top_k}, or lower --top-k to "
             f"{num_experts}."
         )
-    if routing.n_group == 1:
-        return
+    if (n_group or routing.n_group) > 1:
+        _check_groups(model, num_experts=num_experts, top_k=top_k)
+
+
+def _check_groups(model: ModelFacts, *, num_experts: int, top_k: int) -> None:
+    routing = model.routing
+    # A group is scored by the sum of its two best experts, or by its best one alone (DeepSeek-V2).
+    least = (2 if routing.group_score == "top2" else 1) * routing.n_group
     per_group, rest = divmod(num_experts, routing.n_group)
     if rest:
-        least = 2 * routing.n_group
         lower, upper = num_experts - rest, max(num_experts - rest + routing.n_group, least)
         raise PlanError(
             f"cannot keep {num_experts} experts a layer: {model.name} routes in {routing.n_group} groups of equal "
             f"size. Keep {f'{lower} or ' if lower >= least else ''}{upper}."
         )
-    if per_group < 2:
+    if num_experts < least:
         raise PlanError(
             f"cannot keep {num_experts} experts a layer: a group is scored by its two best experts, so each of the "
-            f"{routing.n_group} groups needs 2. Keep at least {2 * routing.n_group}."
+            f"{routing.n_group} groups needs 2. Keep at least {least}."
         )
     if routing.topk_group * per_group < top_k:
         raise PlanError(

@@ -10,11 +10,9 @@ from numpy import ndarray
 
 from moeprune.calibrate.stats import Stats
 from moeprune.errors import PlanError
-from moeprune.facts import ModelFacts
+from moeprune.plan.caveats import caveats
 from moeprune.plan.plan import LayerPlan, Plan, check_sizes, num_to_keep
 from moeprune.score import SCORES
-
-STARVED_TOKENS = 32
 
 
 def make_plan(
@@ -24,6 +22,7 @@ def make_plan(
     keep: float | None = None,
     keep_experts: int | None = None,
     top_k: int | None = None,
+    groups: bool = True,
     domains: Mapping[str, float] | None = None,
     seed: int = 0,
     stats_sha256: str | None = None,
@@ -36,6 +35,8 @@ def make_plan(
         keep: Share of experts to keep; by default all.
         keep_experts: Number of experts a layer to keep, instead of ``keep``.
         top_k: Active experts a token; by default the model's own.
+        groups: Whether group-limited routing stays. Without it the best experts are chosen across groups, and a token
+            may use any of them, which it could not before.
         domains: Share of each domain in the mix (:meth:`moeprune.calibrate.stats.Stats.mixed`).
         seed: For criteria that draw random numbers.
         stats_sha256: Hash of the statistics file, for the record.
@@ -47,13 +48,15 @@ def make_plan(
     model = stats.model
     if keep is not None and keep_experts is not None:
         raise PlanError(f"got --keep {keep} and --keep-experts {keep_experts}. Give one of them.")
-    count = keep_experts if keep_experts is not None else num_to_keep(model, keep=1.0 if keep is None else keep)
+    n_group = None if groups else 1
+    share = 1.0 if keep is None else keep
+    count = keep_experts if keep_experts is not None else num_to_keep(model, keep=share, n_group=n_group)
     active = model.top_k if top_k is None else top_k
-    check_sizes(model, num_experts=count, top_k=active)
+    check_sizes(model, num_experts=count, top_k=active, n_group=n_group)
     criterion = SCORES.get(score)
     sums = stats.mixed(domains)
     saliency = criterion.function(sums, seed=seed)
-    chosen = best_experts(saliency, count=count, n_group=model.routing.n_group)
+    chosen = best_experts(saliency, count=count, n_group=n_group or model.routing.n_group)
     # Mixing rescales the counts; whether an expert was seen often enough is a matter of the tokens that were run.
     taking_part = [domains is None or domains.get(name, 0) > 0 for name in stats.domains]
     seen = stats.experts["count"][taking_part].sum(axis=0)
@@ -65,6 +68,7 @@ def make_plan(
             LayerPlan(layer=name, keep=tuple(int(i) for i in ids))
             for name, ids in zip(model.layers, chosen, strict=True)
         ),
+        n_group=n_group,
         method={
             "score": score,
             "formula": criterion.formula,
@@ -75,7 +79,7 @@ def make_plan(
             "calibration_tokens": int(stats.tokens.sum()),
             "stats_sha256": stats_sha256,
         },
-        warnings=tuple(_warnings(model, sums["count"], seen, chosen, count, active)),
+        warnings=tuple(caveats(model, chosen, routed=sums["count"], seen=seen, top_k=active, n_group=n_group)),
     )
     plan.check()
     return plan
@@ -93,30 +97,3 @@ def best_experts(
     ranked = np.argsort(-grouped, axis=-1, kind="stable")[..., : count // n_group]
     ids = ranked + (np.arange(n_group) * (num_experts // n_group))[None, :, None]
     return [np.sort(layer.reshape(-1)) for layer in ids]
-
-
-def _warnings(
-    model: ModelFacts, routed: ndarray, seen: ndarray, chosen: list[ndarray], count: int, top_k: int
-) -> list[str]:
-    warnings = []
-    at = np.arange(len(chosen))[:, None], np.stack(chosen)
-    starved = int((seen[at] < STARVED_TOKENS).sum())
-    if starved and count < model.num_experts:
-        warnings.append(
-            f"{starved} of the {seen[at].size} kept experts saw fewer than {STARVED_TOKENS} calibration tokens; "
-            "their saliency is a guess. Calibrate on more text."
-        )
-    if count < model.num_experts and model.routing.scoring == "softmax" and model.routing.renormalised is False:
-        share = 1 - routed[at].sum() / max(routed.sum(), 1)
-        warnings.append(
-            "this router takes a softmax over all experts and does not renormalise the top-k: without the pruned "
-            f"experts the gate weights of the others grow. {share:.0%} of the routed tokens chose a pruned expert."
-        )
-    if count < model.num_experts and count % 8:
-        warnings.append(
-            f"{count} experts is not a multiple of 8: some engines lose their fast router kernels or refuse "
-            "expert parallelism."
-        )
-    if top_k == count:
-        warnings.append(f"every token uses all {count} experts: the router only weighs them.")
-    return warnings

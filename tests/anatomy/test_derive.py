@@ -54,7 +54,7 @@ EXPECTED = {
     ),
     "deepseek_v2": Expected(
         "DeepseekV2ForCausalLM", (1, 2), 12, 3, {"n_routed_experts", "num_experts"}, ROUTER | EXPERTS,
-        Routing(scoring="softmax", renormalised=False, scale=1.5, bias="none", n_group=3, topk_group=2),
+        Routing(scoring="softmax", renormalised=False, scale=1.5, n_group=3, topk_group=2, group_score="max"),
         "softmax before top-k, not renormalised, 2 of 3 groups, weights x 1.5",
     ),
     "deepseek_v3": Expected(

@@ -49,6 +49,20 @@ def test_refused_counts(model, num_experts, top_k, message):
     assert str(error.value) == message
 
 
+def test_one_expert_a_group_is_enough_where_a_group_is_worth_its_best_expert():
+    """DeepSeek-V2 was once held to the two experts a group that only DeepSeek-V3's score needs."""
+    model = facts(num_experts=16, top_k=2, n_group=4, topk_group=2, group_score="max")
+    check_sizes(model, num_experts=4, top_k=2)
+    with pytest.raises(PlanError, match=r"of equal size\. Keep 4 or 8\.$"):
+        check_sizes(model, num_experts=6, top_k=2)
+
+
+def test_without_groups_only_the_top_k_limits_the_number():
+    check_sizes(GROUPED, num_experts=5, top_k=5, n_group=1)
+    with pytest.raises(PlanError, match=r"^cannot route to 5 of 4 experts"):
+        check_sizes(GROUPED, num_experts=4, top_k=5, n_group=1)
+
+
 @pytest.mark.parametrize("num_experts", [2, 3, 5, 6, 7])
 def test_a_number_that_is_refused_next_is_not_suggested(num_experts):
     """6 of 16 experts in 4 groups once read "Keep 4 or 8", and 4 was refused: a group needs two."""
@@ -66,12 +80,16 @@ def test_possible_counts(model, num_experts, top_k):
 
 @given(
     n_group=st.integers(1, 4), size=st.integers(2, 8), num_experts=st.integers(1, 32), top_k=st.integers(1, 12),
-    data=st.data(),
+    group_score=st.sampled_from(["top2", "max"]), data=st.data(),
 )  # fmt: skip
-def test_following_the_advice_of_refusals_ends_with_a_number_that_is_accepted(n_group, size, num_experts, top_k, data):
+def test_following_the_advice_of_refusals_ends_with_a_number_that_is_accepted(
+    n_group, size, num_experts, top_k, group_score, data
+):
     topk_group = data.draw(st.integers(1, n_group))
     top_k = min(top_k, topk_group * size)
-    model = facts(num_experts=n_group * size, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    model = facts(
+        num_experts=n_group * size, top_k=top_k, n_group=n_group, topk_group=topk_group, group_score=group_score
+    )
     tried = []
     while num_experts not in tried:
         tried.append(num_experts)

@@ -145,7 +145,7 @@ def test_groups_that_keep_different_numbers():
     keep = {"model.layers.1": (0, 1, 4, 5, 8, 9), "model.layers.2": (0, 1, 2, 4, 8, 9)}
     assert refused(plan(keep, model=model, num_experts=6)) == (
         "model.layers.2: keeps [3, 1, 2] experts of its 3 groups; group-limited routing needs the same number "
-        "from each."
+        "from each. To choose across groups, plan with --no-groups."
     )
     plan(keep | {"model.layers.2": (2, 3, 6, 7, 10, 11)}, model=model, num_experts=6).check()
 
