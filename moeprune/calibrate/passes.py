@@ -13,6 +13,7 @@ from moeprune.anatomy.anatomy import Anatomy
 from moeprune.calibrate.data import Rows
 from moeprune.calibrate.observer import Observer
 from moeprune.calibrate.stats import Stats
+from moeprune.errors import UnsupportedModelError
 from moeprune.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ def collect_stats(
 
     Raises:
         StatsError: If a statistic is not finite, naming layer and expert.
+        UnsupportedModelError: If the model's experts cannot be observed.
     """
     begun = time.perf_counter()
-    stats = Stats.zeros(facts, domains=[rows.domain for rows in domains])
     observer = Observer(
         model, experts=tuple(layer.experts for layer in anatomy.layers), num_experts=anatomy.num_experts.value
     )
+    stats = Stats.zeros(facts, domains=[rows.domain for rows in domains], sums=observer.quantities)
     total = sum(rows.num_tokens for rows in domains)
     with (
         torch.inference_mode(),
@@ -69,17 +71,48 @@ def collect_stats(
 def run_decoder(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, observer: Observer | None) -> None:
     """One forward pass without the vocabulary logits, which no statistic needs.
 
+    An encoder-decoder reads the first half of every row and is shown the second as what it should have written: the
+    prefix language modelling of T5 (arXiv 1910.10683, section 3.2.1). Every token of text is seen once, by the half of
+    the model whose turn it is.
+
     Args:
         model: The model.
         ids: Token ids, (batch, length).
         mask: True where a token is text, (batch, length).
         observer: Told which tokens count.
     """
-    padded = not bool(mask.all())
+    if model.config.is_encoder_decoder:
+        _run_encoder_decoder(model, ids, mask, observer)
+        return
     if observer is not None:
         observer.set_mask(mask)
+    model.base_model(input_ids=ids.to(model.device), attention_mask=_attention_mask(mask, model), use_cache=False)
+
+
+def _run_encoder_decoder(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, observer: Observer | None
+) -> None:
+    half = ids.shape[1] // 2
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None or half == 0:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: an encoder-decoder is calibrated on rows of 2 tokens or more, with a "
+            f"decoder_start_token_id in its config; got rows of {ids.shape[1]} and the id {start}."
+        )
+    # The decoder begins with a token that is not text: it is attended to, and not counted.
+    begin = ids.new_full((len(ids), 1), start)
+    source, target = mask[:, :half], mask[:, half:]
+    if observer is not None:
+        observer.set_mask(torch.cat([torch.zeros_like(mask[:, :1]), target], dim=1), encoder=source)
     model.base_model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device, torch.long) if padded else None,
+        input_ids=ids[:, :half].to(model.device),
+        attention_mask=_attention_mask(source, model),
+        decoder_input_ids=torch.cat([begin, ids[:, half:]], dim=1).to(model.device),
+        decoder_attention_mask=_attention_mask(torch.cat([torch.ones_like(mask[:, :1]), target], dim=1), model),
         use_cache=False,
     )
+
+
+def _attention_mask(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor | None:
+    """What the model takes: 1 for text, or nothing where all is text."""
+    return None if bool(mask.all()) else mask.to(model.device, torch.long)

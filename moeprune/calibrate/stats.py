@@ -25,10 +25,14 @@ EXPERT_SUMS = {
     "gate_sum": "sum of g over them",
     "norm_sum": "sum of |f|",
     "norm_sq_sum": "sum of |f|^2",
-    "gated_norm_sum": "sum of g |f|",
+    "gated_norm_sum": "sum of |g f|",
     "max_abs": "largest |element| of any f (a maximum, not a sum)",
 }
-"""What is kept for each layer, expert and domain; g is the weight the model combines with, f the unweighted output."""
+"""What is kept for each layer, expert and domain; g is the weight the model combines with, f the unweighted output.
+
+A token counts where g is not 0. Where a model multiplies the input of its experts by g, the contribution f(g x) takes
+the place of g f, and what would need f(x) is absent: it is neither zero nor made up.
+"""
 
 LAYER_SUMS = {"gate_entropy_sum": "sum over tokens of the entropy in nats of the normalised top-k weights"}
 """What is kept for each layer and domain."""
@@ -42,7 +46,8 @@ class Stats:
         model: The model they belong to.
         domains: Names of the text domains, in order.
         tokens: Tokens seen by domain, padding excluded.
-        experts: For each name of :data:`EXPERT_SUMS` an array over (domains, layers, experts).
+        experts: For each name of :data:`EXPERT_SUMS` that the model gives an array over (domains, layers, experts);
+            ``count`` always is among them.
         layers: For each name of :data:`LAYER_SUMS` an array over (domains, layers).
         runs: How each part was made (data, seed, versions), for the record.
     """
@@ -55,14 +60,14 @@ class Stats:
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def zeros(cls, model: ModelFacts, *, domains: Sequence[str]) -> Stats:
-        """Statistics of no text."""
+    def zeros(cls, model: ModelFacts, *, domains: Sequence[str], sums: Sequence[str] = tuple(EXPERT_SUMS)) -> Stats:
+        """Statistics of no text; ``sums`` are the names of :data:`EXPERT_SUMS` that the model gives."""
         shape = (len(domains), len(model.layers), model.num_experts)
         return cls(
             model=model,
             domains=tuple(domains),
             tokens=np.zeros(shape[0]),
-            experts={name: np.zeros(shape) for name in EXPERT_SUMS},
+            experts={name: np.zeros(shape) for name in sums},
             layers={name: np.zeros(shape[:2]) for name in LAYER_SUMS},
         )
 
@@ -109,13 +114,18 @@ class Stats:
         stats = cls(
             model=ModelFacts.model_validate(header["model"]),
             domains=tuple(header["domains"]),
-            tokens=arrays.pop("tokens"),
-            experts={name: arrays[f"experts.{name}"] for name in EXPERT_SUMS},
+            tokens=arrays["tokens"],
+            experts={name: arrays[f"experts.{name}"] for name in EXPERT_SUMS if f"experts.{name}" in arrays},
             layers={name: arrays[f"layers.{name}"] for name in LAYER_SUMS},
             runs=header["runs"],
         )
         stats.check(path)
         return stats
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of :data:`EXPERT_SUMS` that this model does not give."""
+        return tuple(name for name in EXPERT_SUMS if name not in self.experts)
 
     def check(self, origin: Path | str) -> None:
         """Raise :class:`StatsError` if a value is not finite, naming its layer and expert."""
@@ -137,15 +147,16 @@ class Stats:
                 weights the sums are added as they are.
 
         Returns:
-            For each name of :data:`EXPERT_SUMS` an array over (layers, experts); ``max_abs`` is the maximum over the
-            domains that take part.
+            For each name in ``experts`` an array over (layers, experts); ``max_abs`` is the maximum over the domains
+            that take part.
 
         Raises:
             StatsError: If a domain is unknown, a weight is negative, or no token was seen.
         """
         share = self._shares(weights)
         mixed = {name: np.tensordot(share, array, axes=1) for name, array in self.experts.items() if name != "max_abs"}
-        mixed["max_abs"] = self.experts["max_abs"][share > 0].max(axis=0)
+        if "max_abs" in self.experts:
+            mixed["max_abs"] = self.experts["max_abs"][share > 0].max(axis=0)
         return mixed
 
     def _shares(self, weights: Mapping[str, float] | None) -> Float64[ndarray, " domains"]:
@@ -168,6 +179,8 @@ class Stats:
 def merge_stats(parts: Sequence[Stats]) -> Stats:
     """The statistics of one run over all texts of ``parts``. Domains of the same name are added together.
 
+    A sum that one part lacks is unknown for the whole and is left out.
+
     Args:
         parts: At least one; all of the same model.
 
@@ -182,11 +195,16 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
                 f"statistics of different models cannot be merged: {first.name} ({first.fingerprint[:12]}) and "
                 f"{part.model.name} ({part.model.fingerprint[:12]})."
             )
-    merged = Stats.zeros(first, domains=list(dict.fromkeys(name for part in parts for name in part.domains)))
+    merged = Stats.zeros(
+        first,
+        domains=list(dict.fromkeys(name for part in parts for name in part.domains)),
+        sums=[name for name in EXPERT_SUMS if all(name in part.experts for part in parts)],
+    )
     for part in parts:
         at = [merged.domains.index(name) for name in part.domains]
         merged.tokens[at] += part.tokens
-        for name, array in part.experts.items():
+        for name in merged.experts:
+            array = part.experts[name]
             merged.experts[name][at] = (
                 np.maximum(merged.experts[name][at], array) if name == "max_abs" else merged.experts[name][at] + array
             )

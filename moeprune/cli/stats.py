@@ -54,6 +54,8 @@ def show(
         f"{facts['model']}: {facts['tokens']:,} tokens, {facts['never_routed']} of {facts['experts']} experts "
         "never chosen"
     )
+    if facts["absent"]:
+        typer.echo(f"  this model gives no {', no '.join(facts['absent'])}")
     for name, tokens in facts["domains"].items():
         typer.echo(f"  {name:<20} {tokens:>12,} tokens")
     typer.echo("  layer                load entropy (1 = even)   busiest / mean   never chosen")
@@ -78,6 +80,7 @@ def describe(stats: Stats) -> dict[str, Any]:
         "domains": {name: int(n) for name, n in zip(stats.domains, stats.tokens, strict=True)},
         "experts": int(counts.size),
         "never_routed": int((counts == 0).sum()),
+        "absent": list(stats.absent),
         "layers": [
             {
                 "layer": name,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from moeprune.errors import PlanError
+from moeprune.errors import PlanError, StatsError
 from moeprune.registry import Registry
+
+if TYPE_CHECKING:
+    from moeprune.calibrate.stats import Stats
 
 Sums = Mapping[str, Float64[ndarray, "layers experts"]]
 
@@ -24,7 +27,8 @@ class ScoreFunction(Protocol):
         """Score the experts.
 
         Args:
-            sums: The arrays of :data:`moeprune.calibrate.stats.EXPERT_SUMS`, domains already mixed.
+            sums: The arrays of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that the criterion needs, and perhaps
+                others; domains already mixed.
             seed: For criteria that draw random numbers.
         """
         ...
@@ -39,22 +43,56 @@ class Score:
         function: Computes it.
         formula: What it computes, with g the gate weight, f the expert's unweighted output, T the tokens routed to it.
         source: Paper that proposed or measured it.
+        needs: The names of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that it reads.
     """
 
     name: str
     function: ScoreFunction
     formula: str
     source: str
+    needs: tuple[str, ...]
+
+    def check(self, stats: Stats) -> None:
+        """Refuse statistics without a sum that the criterion needs.
+
+        Raises:
+            StatsError: Naming the sum, the model type and the criteria that can be used instead.
+        """
+        missing = [name for name in self.needs if name not in stats.experts]
+        if missing:
+            usable = [name for name in SCORES if all(sum_ in stats.experts for sum_ in SCORES.get(name).needs)]
+            raise StatsError(
+                f"the score {self.name!r} ({self.formula}) needs {' and '.join(missing)}, which calibration does not "
+                f"give for {stats.model.model_type}. Use one of: {', '.join(usable)}."
+            )
+
+    def saliency(
+        self, stats: Stats, *, domains: Mapping[str, float] | None = None, seed: int = 0
+    ) -> Float64[ndarray, "layers experts"]:
+        """Score the experts of a model.
+
+        Args:
+            stats: Its statistics.
+            domains: Share of each domain in the mix (:meth:`moeprune.calibrate.stats.Stats.mixed`).
+            seed: For criteria that draw random numbers.
+
+        Raises:
+            StatsError: If the statistics lack a sum that the criterion needs, or a domain is unknown.
+        """
+        self.check(stats)
+        return self.function(stats.mixed(domains), seed=seed)
 
 
 SCORES: Registry[Score] = Registry("score", PlanError)
 
 
-def score(name: str, *, formula: str, source: str) -> Callable[[ScoreFunction], ScoreFunction]:
+def score(
+    name: str, *, formula: str, source: str, needs: tuple[str, ...] = ("count",)
+) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register the decorated function as a criterion."""
 
     def add(function: ScoreFunction) -> ScoreFunction:
-        SCORES.register(name, Score(name, function, formula, source))
+        SCORES.register(name, Score(name, function, formula, source, needs))
         return function
 
     return add

@@ -1,6 +1,7 @@
 """What the observer must find, computed slowly: one token, one expert, one plain float64 product at a time."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +15,7 @@ from moeprune.calibrate.passes import collect_stats
 from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
 from tests.models import VOCAB
 
+Formula = Callable[[nn.Module, int, Tensor], Tensor]
 Call = tuple[Tensor, Tensor, Tensor]
 """Hidden states, (tokens, hidden); expert ids, (tokens, top_k); weights, (tokens, top_k)."""
 
@@ -30,23 +32,53 @@ def gpt_oss(module: nn.Module, expert: int, x: Tensor) -> Tensor:
     return inner @ module.down_proj[expert].double() + module.down_proj_bias[expert].double()
 
 
-def formula_of(model: PreTrainedModel) -> Callable[[nn.Module, int, Tensor], Tensor]:
-    return gpt_oss if model.config.model_type == "gpt_oss" else gated_silu
+FORMULAS: dict[str, Formula] = {"gpt_oss": gpt_oss}
+
+
+def formula_of(model: PreTrainedModel) -> Formula:
+    return FORMULAS.get(model.config.model_type, gated_silu)
 
 
 def experts_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(layer.experts for layer in derive_anatomy(model.config).layers)
 
 
+class SlowSums:
+    """The sums of :data:`EXPERT_SUMS`, (layers, experts), and of :data:`LAYER_SUMS`, (layers,), token by token."""
+
+    def __init__(self, num_layers: int, num_experts: int):
+        self.experts = {name: np.zeros((num_layers, num_experts)) for name in EXPERT_SUMS}
+        self.layers = {name: np.zeros(num_layers) for name in LAYER_SUMS}
+
+    def add(self, layer: int, slots: Iterable[tuple[int, float, Tensor | None]]) -> None:
+        """One token: each expert that it uses, its weight and its unweighted output; None for one that computes nothing."""
+        slots = list(slots)
+        for expert, gate, output in slots:
+            if output is None or gate == 0:
+                continue
+            norm = float((output * output).sum().sqrt())
+            at = layer, expert
+            self.experts["count"][at] += 1
+            self.experts["gate_sum"][at] += gate
+            self.experts["norm_sum"][at] += norm
+            self.experts["norm_sq_sum"][at] += norm * norm
+            self.experts["gated_norm_sum"][at] += abs(gate) * norm
+            self.experts["max_abs"][at] = max(self.experts["max_abs"][at], float(output.abs().max()))
+        total = sum(abs(gate) for _, gate, _ in slots)
+        shares = [abs(gate) / total for _, gate, _ in slots if gate != 0]
+        self.layers["gate_entropy_sum"][layer] -= sum(share * math.log(share) for share in shares)
+
+
 @contextmanager
-def recording(model: PreTrainedModel) -> Iterator[list[list[Call]]]:
+def recording(model: PreTrainedModel, paths: Sequence[str] | None = None) -> Iterator[list[list[Call]]]:
     """The inputs of every experts module, by layer and call."""
-    calls: list[list[Call]] = [[] for _ in experts_of(model)]
+    paths = paths or experts_of(model)
+    calls: list[list[Call]] = [[] for _ in paths]
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(
             lambda module, args, into=into: into.append(tuple(tensor.clone() for tensor in args))
         )
-        for path, into in zip(experts_of(model), calls, strict=True)
+        for path, into in zip(paths, calls, strict=True)
     ]
     try:
         yield calls
@@ -57,7 +89,13 @@ def recording(model: PreTrainedModel) -> Iterator[list[list[Call]]]:
 
 @torch.inference_mode()
 def slow_sums(
-    model: PreTrainedModel, calls: list[list[Call]], masks: list[Tensor]
+    model: PreTrainedModel,
+    calls: list[list[Call]],
+    masks: list[Tensor],
+    *,
+    paths: Sequence[str] | None = None,
+    num_experts: int | None = None,
+    run: Formula | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Every expert sum, (layers, experts), and every layer sum, (layers,), of the recorded calls.
 
@@ -65,28 +103,22 @@ def slow_sums(
         model: The model.
         calls: What :func:`recording` gave.
         masks: For each call which tokens count.
+        paths: The experts modules; by default those of the anatomy.
+        num_experts: Experts a layer; ids beyond are none.
+        run: What an expert computes.
     """
-    run = formula_of(model)
-    modules = [model.get_submodule(path) for path in experts_of(model)]
-    experts = {name: np.zeros((len(modules), modules[0].num_experts)) for name in EXPERT_SUMS}
-    layers = {name: np.zeros(len(modules)) for name in LAYER_SUMS}
+    run = run or formula_of(model)
+    modules = [model.get_submodule(path) for path in paths or experts_of(model)]
+    num_experts = num_experts or modules[0].num_experts
+    sums = SlowSums(len(modules), num_experts)
     for layer, module in enumerate(modules):
-        for (hidden, ids, weights), mask in zip(calls[layer], masks, strict=True):
+        for (hidden, ids, weights), mask in zip(calls[layer], masks, strict=bool(calls[layer])):
+            hidden = hidden.reshape(-1, hidden.shape[-1])
             for token in mask.reshape(-1).nonzero().reshape(-1).tolist():
-                gates = weights[token].double()
-                for expert, gate in zip(ids[token].tolist(), gates.tolist(), strict=True):
-                    output = run(module, expert, hidden[token].double())
-                    norm = float((output * output).sum().sqrt())
-                    at = layer, expert
-                    experts["count"][at] += 1
-                    experts["gate_sum"][at] += gate
-                    experts["norm_sum"][at] += norm
-                    experts["norm_sq_sum"][at] += norm * norm
-                    experts["gated_norm_sum"][at] += gate * norm
-                    experts["max_abs"][at] = max(experts["max_abs"][at], float(output.abs().max()))
-                share = (gates / gates.sum()).numpy()
-                layers["gate_entropy_sum"][layer] += -(share * np.log(share)).sum()
-    return experts, layers
+                slots = zip(ids[token].tolist(), weights[token].double().tolist(), strict=True)
+                x = hidden[token].double()
+                sums.add(layer, [(e, gate, run(module, e, x) if e < num_experts else None) for e, gate in slots])
+    return sums.experts, sums.layers
 
 
 def random_rows(domain: str, *, rows: int = 3, length: int = 11, padding: int = 0, seed: int = 0) -> Rows:
@@ -112,7 +144,8 @@ def assert_close(stats: Stats, other: Stats, *, rtol: float) -> None:
     assert stats.domains == other.domains
     np.testing.assert_array_equal(stats.tokens, other.tokens)
     np.testing.assert_array_equal(stats.experts["count"], other.experts["count"])
-    for name in EXPERT_SUMS:
+    assert stats.experts.keys() == other.experts.keys()
+    for name in stats.experts:
         np.testing.assert_allclose(stats.experts[name], other.experts[name], rtol=rtol, err_msg=name)
     for name in LAYER_SUMS:
         np.testing.assert_allclose(stats.layers[name], other.layers[name], rtol=rtol, err_msg=name)

@@ -7,9 +7,10 @@ import transformers
 from transformers.integrations.moe import ExpertsInterface
 
 from moeprune.anatomy.derive import derive_anatomy
-from moeprune.calibrate.observer import IMPLEMENTATION, LayerAccumulator, Observer
+from moeprune.calibrate.experts.interface import IMPLEMENTATION
+from moeprune.calibrate.observer import Observer
 from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
-from moeprune.errors import UnsupportedModelError
+from moeprune.calibrate.sums import LayerAccumulator
 from tests.calibrate.reference import assert_close, experts_of, observe, random_rows, recording, slow_sums
 from tests.models import COMMON, FAMILIES, VOCAB, build
 
@@ -185,25 +186,10 @@ def test_experts_that_no_token_reached_have_zeros():
         assert (array[~unused] > 0).all(), name
 
 
-def test_experts_outside_the_interface_are_refused_before_any_pass():
-    config = transformers.Llama4TextConfig(
-        **COMMON, num_hidden_layers=2, head_dim=8, num_local_experts=6, num_experts_per_tok=1, intermediate_size=24,
-        intermediate_size_mlp=44,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError) as error:
-        observer_of(model)
-    assert str(error.value) == (
-        "Llama4ForCausalLM: model.layers.0.feed_forward.experts (Llama4TextExperts) is not part of transformers' "
-        "experts "
-        "interface, so its experts cannot be observed yet."
-    )
-
-
 @pytest.mark.parametrize("elements", [1, 64, 100])
 def test_norms_taken_in_pieces_are_those_of_the_whole(monkeypatch, elements):
     model = build("gpt_oss", dtype=torch.bfloat16)
     rows = random_rows("text")
     at_once = observe(model, rows)
-    monkeypatch.setattr("moeprune.calibrate.observer.CACHE_ELEMENTS", elements)
+    monkeypatch.setattr("moeprune.calibrate.sums.CACHE_ELEMENTS", elements)
     assert_close(observe(model, rows), at_once, rtol=1e-6)

@@ -1,0 +1,69 @@
+"""What an observed call of an experts module tells, and what a way of observing is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeprune.calibrate.stats import EXPERT_SUMS
+
+EVERYTHING = frozenset(EXPERT_SUMS)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call, slot by slot; a slot is one token at one of its experts.
+
+    Attributes:
+        outputs: The expert's unweighted output f, or g f where ``weighted``.
+        gates: Weight g with which the model combines it.
+        experts: Expert id.
+        tokens: Row of the token in the call.
+        weights: All weights of each token, those of experts that compute nothing included; 0 where there is none.
+        weighted: Whether the model multiplies an expert's input by g, so that only its contribution can be seen.
+    """
+
+    outputs: Float[Tensor, "slots hidden"]
+    gates: Float[Tensor, " slots"]
+    experts: Int[Tensor, " slots"]
+    tokens: Int[Tensor, " slots"]
+    weights: Float[Tensor, "tokens choices"]
+    weighted: bool = False
+
+
+Report: TypeAlias = Callable[[Seen], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way in which a module can hold experts, and how they are seen.
+
+    Attributes:
+        name: What such a module is, for people.
+        quantities: The names of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that it gives.
+        matches: Whether a module is of this kind; looks at its interface, never at weights.
+        refusal: Why this module cannot be observed although it is of this kind, or None.
+        watch: ``watch(module, parent, report)`` reports every call inside the block; results do not change.
+    """
+
+    name: str
+    quantities: frozenset[str]
+    matches: Callable[[nn.Module], bool]
+    refusal: Callable[[nn.Module], str | None]
+    watch: Callable[[nn.Module, nn.Module, Report], AbstractContextManager[None]]
+
+
+def packed(module: nn.Module, name: str) -> str | None:
+    """Why the products with the weight ``name`` cannot be followed: it is missing or packed; None if they can."""
+    try:
+        dtype = module.get_parameter(name).dtype
+    except AttributeError:
+        return f"it has no weight {name!r}"
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return None
+    return f"its weights are stored as {str(dtype).removeprefix('torch.')}; load the model dequantised"
