@@ -1,108 +1,174 @@
-"""Write safetensors shards by copying byte ranges. Memory does not grow with the model."""
+"""Write the safetensors files of a pruned checkpoint, several at once. Memory does not grow with the model."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
+from typing import Any, cast
 
-from moeprune.checkpoint.folder import INDEX_NAME, SINGLE_NAME
-from moeprune.checkpoint.header import encode_header
-from moeprune.errors import ExportError
+from moeprune.checkpoint.folder import INDEX_NAME
+from moeprune.export.copying import HASH, Appender, Locate, Progress, hash_file
+from moeprune.export.journal import Journal
+from moeprune.export.layout import Shard
 from moeprune.export.slices import ByteRange, OutputTensor
+from moeprune.export.sources import LocalSources, Sources
 from moeprune.files import write_json
 
-CHUNK_BYTES = 8 << 20
-NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+MAX_DEFAULT_JOBS = 4
+NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 
-Progress = Callable[[int], object]
+
+def default_jobs() -> int:
+    """Shards written at once: one for each processor, at most 4, beyond which disks rarely get faster."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_DEFAULT_JOBS, usable)
 
 
 def write_shards(
-    outputs: Mapping[Path, Sequence[OutputTensor]],
+    shards: Sequence[Shard],
     *,
     folder: Path,
-    metadata: Mapping[str, Mapping[str, str]],
-    progress: Progress,
+    journal: Journal,
+    sources: Sources | None = None,
+    jobs: int | None = None,
+    link: bool = False,
+    progress: Progress = lambda count: None,
 ) -> None:
-    """Write all shards and, if there is more than one, their index.
+    """Write all shards, and enter each into the journal when it is complete.
+
+    Shards that the journal has already are hashed, and written again only if they are damaged.
 
     Args:
-        outputs: Tensors by source shard (:func:`moeprune.export.slices.plan_outputs`).
+        shards: What to write (:func:`moeprune.export.layout.lay_out`).
         folder: Existing folder to write to.
-        metadata: ``__metadata__`` of each source shard by file name, copied.
-        progress: Called with the number of bytes written since the last call.
+        journal: The finished shards of an earlier attempt; gets those of this one.
+        sources: Gives the files to read; by default they are where the shards say.
+        jobs: Shards written at once; by default :func:`default_jobs`.
+        link: Hard link files that are wanted as they are, where the file system can.
+        progress: Called with the number of bytes done since the last call; never by two threads at once.
 
     Raises:
-        ExportError: If a source file changes size while it is read.
+        ExportError: If a source file changes size while it is read, or cannot be downloaded.
     """
-    weight_map: dict[str, str] = {}
-    for number, (source, tensors) in enumerate(outputs.items(), start=1):
-        name = SINGLE_NAME if len(outputs) == 1 else f"model-{number:05d}-of-{len(outputs):05d}.safetensors"
-        _write_shard(folder / name, tensors, dict(metadata[source.name]), progress)
-        weight_map |= dict.fromkeys((tensor.name for tensor in tensors), name)
-    if len(outputs) > 1:
-        total = sum(tensor.num_bytes for tensors in outputs.values() for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX_NAME, index)
-
-
-def _write_shard(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str], progress: Progress) -> None:
-    header = encode_header(
-        ((tensor.name, tensor.source.dtype, tensor.shape, tensor.num_bytes) for tensor in tensors), metadata
-    )
-    with path.open("wb") as target:
-        target.write(header)
-        target.flush()
-        for piece in _joined(part for tensor in tensors for part in tensor.ranges()):
-            with piece.file.open("rb") as source:
-                _copy(source.fileno(), target.fileno(), piece, progress)
-    expected = len(header) + sum(tensor.num_bytes for tensor in tensors)
-    assert path.stat().st_size == expected, f"{path} has {path.stat().st_size} bytes, expected {expected}"
-
-
-def _joined(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
-    """Neighbouring ranges as one: experts that stay side by side are copied in one go."""
-    pending: ByteRange | None = None
-    for item in ranges:
-        if pending is not None and pending.file == item.file and pending.end == item.start:
-            pending = ByteRange(pending.file, pending.start, item.end)
-            continue
-        if pending is not None:
-            yield pending
-        pending = item
-    if pending is not None:
-        yield pending
-
-
-def _copy(source: int, target: int, piece: ByteRange, progress: Progress) -> None:
-    """Append ``piece`` to the target: inside the kernel where the file systems allow it, else through a buffer."""
-    offset, in_kernel = piece.start, True
-    while offset < piece.end:
-        wanted = min(CHUNK_BYTES, piece.end - offset)
+    work = _Work(folder, journal, sources or LocalSources(), link, _Turns(progress))
+    with ThreadPoolExecutor(max_workers=max(1, jobs or default_jobs())) as pool:
+        futures = [pool.submit(work.finish, shard) for shard in shards]
         try:
-            done = (
-                os.copy_file_range(source, target, wanted, offset)
-                if in_kernel
-                else _through(source, target, wanted, offset)
-            )
-        except OSError as error:
-            if not in_kernel or error.errno not in NO_KERNEL_COPY:
-                raise
-            in_kernel = False
-            continue
-        if done == 0:
-            raise ExportError(
-                f"{piece.file}: ends at byte {offset}, expected {piece.end}. Did another program write to it?"
-            )
-        offset += done
-        progress(done)
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            work.progress.stop()  # the others end at their next report instead of finishing gigabytes
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _through(source: int, target: int, wanted: int, offset: int) -> int:
-    data = memoryview(os.pread(source, wanted, offset))
-    done = 0
-    while done < len(data):
-        done += os.write(target, data[done:])
-    return done
+def write_index(
+    shards: Sequence[Shard],
+    *,
+    folder: Path,
+    metadata: Mapping[str, Any] | None = None,
+    num_parameters: int | None = None,
+) -> None:
+    """Write the index of all shards; none is needed if there is only one.
+
+    Args:
+        shards: The checkpoint's files.
+        folder: Where to write.
+        metadata: That of the source's index, carried over but for the counts.
+        num_parameters: Replaces ``total_parameters``, if the source's index has it.
+    """
+    if len(shards) < 2:
+        return
+    facts = {**(metadata or {}), "total_size": sum(shard.data_bytes for shard in shards)}
+    if "total_parameters" in facts and num_parameters is not None:
+        facts["total_parameters"] = num_parameters
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    write_json(folder / INDEX_NAME, {"metadata": facts, "weight_map": dict(sorted(weight_map.items()))})
+
+
+class _Work:
+    """What all threads need to finish a shard."""
+
+    def __init__(self, folder: Path, journal: Journal, sources: Sources, link: bool, progress: _Turns) -> None:
+        self.folder, self.journal, self.sources, self.link, self.progress = folder, journal, sources, link, progress
+
+    def finish(self, shard: Shard) -> None:
+        path, entry = self.folder / shard.name, self.journal.finished.get(shard.name)
+        if entry is not None:
+            if hash_file(path, progress=self.progress) == entry[HASH]:
+                return
+            self.progress(-shard.num_bytes)
+            self.journal.forget(shard.name)
+        path.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            located = {}
+
+            def locate(file: Path) -> Path:
+                if file not in located:
+                    located[file] = stack.enter_context(self.sources.open(file, shard=shard.name))
+                return located[file]
+
+            linked = self.link and shard.untouched is not None and _link(locate(shard.untouched), path)
+            digest = (
+                hash_file(path, progress=self.progress) if linked else _write_shard(shard, path, locate, self.progress)
+            )
+        self.journal.enter(shard.name, num_bytes=shard.num_bytes, digest=digest)
+
+
+def _link(source: Path, path: Path) -> bool:
+    try:
+        os.link(source.resolve(), path)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        return False
+    return True
+
+
+def _write_shard(shard: Shard, path: Path, locate: Locate, progress: Progress) -> str:
+    with Appender(path, size=shard.num_bytes, locate=locate, progress=progress) as target:
+        target.write(shard.header)
+        progress(len(shard.header))
+        for are_ranges, parts in groupby(shard.parts(), key=lambda part: isinstance(part, ByteRange)):
+            if are_ranges:
+                target.copy(cast("Iterator[ByteRange]", parts))
+            else:
+                for tensor in cast("Iterator[OutputTensor]", parts):
+                    target.write(_computed(tensor, target))
+                    progress(tensor.num_bytes)
+        assert target.position == shard.num_bytes, f"{path}: {target.position} bytes, expected {shard.num_bytes}"
+        return target.digest
+
+
+def _computed(tensor: OutputTensor, target: Appender) -> bytes:
+    source = tensor.source
+    assert tensor.compute is not None, f"{tensor.name} is copied"
+    data = tensor.compute(target.read(ByteRange(source.file, source.start, source.end)))
+    assert len(data) == tensor.num_bytes, f"{tensor.name}: {len(data)} bytes, expected {tensor.num_bytes}"
+    return data
+
+
+class _Stopped(Exception):
+    """Another thread failed; its error is the one that counts."""
+
+
+class _Turns:
+    """Progress reports of many threads one after the other, and the place where they are told to stop."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report, self._lock, self._stopped = report, threading.Lock(), False
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            if self._stopped:
+                raise _Stopped
+            self._report(count)
+
+    def stop(self) -> None:
+        self._stopped = True

@@ -1,0 +1,110 @@
+"""The folder that an export makes: whether it may, whether it fits, what else goes in, and the last step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+from moeprune.checkpoint.folder import INDEX_NAME
+from moeprune.errors import ExportError
+from moeprune.export.copying import is_sparse, segments
+from moeprune.export.layout import Shard, bytes_by_source
+from moeprune.format import size
+
+MANIFEST = "moeprune.json"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
+WRITTEN_HERE = {"config.json", "README.md", INDEX_NAME, MANIFEST}
+
+
+def check_target(out: Path, *, source: Path, force: bool) -> None:
+    """Refuse to overwrite anything that was not asked for.
+
+    Raises:
+        ExportError: If ``out`` exists without ``force``, or is not an export, or holds the source.
+    """
+    resolved = out.resolve()
+    if source.resolve().is_relative_to(resolved) or resolved.is_relative_to(source.resolve()):
+        raise ExportError(f"{out}: lies in or around the source {source}. Choose another folder.")
+    if not out.exists():
+        return
+    if not force:
+        raise ExportError(f"{out}: exists. Choose another folder, or replace it with --force.")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ExportError(
+            f"{out}: --force replaces only checkpoints that moeprune wrote, and this is not one. Delete it."
+        )
+
+
+def other_files(folder: Path) -> Iterator[Path]:
+    """Files that belong to the model and hold no weights: tokenizer, templates, generation config, code, licence.
+
+    Hidden files, and folders that hold weights in another format (``original/``, ``onnx/``), are left out.
+    """
+    with_weights = {
+        path.relative_to(folder).parts[0]
+        for path in folder.glob("*/**/*")
+        if path.suffix in WEIGHT_SUFFIXES and len(path.relative_to(folder).parts) > 1
+    }
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
+        weights = path.suffix in WEIGHT_SUFFIXES or relative.name.endswith(".index.json")
+        if path.is_file() and not hidden and not weights and relative.parts[0] not in with_weights | WRITTEN_HERE:
+            yield relative
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy :func:`other_files` of one folder to another, as files even where the source has links."""
+    for relative in other_files(source):
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / relative, target / relative)
+
+
+def bytes_to_store(shards: Iterable[Shard]) -> int:
+    """Bytes of tensors that files will take on disk: what the source does not store, the target will not either."""
+    total = 0
+    for file, wanted in bytes_by_source(shards).items():
+        total += min(wanted, _stored(file)) if is_sparse(file.stat()) else wanted
+    return total
+
+
+def check_space(out: Path, needed: int, *, partial: Path, keep: Collection[str] = ()) -> None:
+    """Refuse an export that the disk cannot hold.
+
+    Args:
+        out: Where it goes.
+        needed: Bytes still to be written.
+        partial: Folder of an earlier attempt, of which all but ``keep`` will be deleted.
+        keep: Files in it that stay.
+
+    Raises:
+        ExportError: If less is free.
+    """
+    existing = next(parent for parent in [out.resolve(), *out.resolve().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if partial.is_dir():
+        free += sum(
+            path.stat().st_blocks * 512 for path in partial.iterdir() if path.is_file() and path.name not in keep
+        )
+    if free < needed:
+        raise ExportError(f"{out}: needs {size(needed)}, only {size(free)} are free on that disk.")
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Rename the complete folder to its name; what was there is deleted last."""
+    replaced = out.with_name(f"{out.name}.replaced")
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
+    partial.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _stored(file: Path) -> int:
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        return sum(end - start for start, end, stored in segments(fd, 0, os.fstat(fd).st_size) if stored)
+    finally:
+        os.close(fd)
