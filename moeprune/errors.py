@@ -38,6 +38,10 @@ class PlanError(MoePruneError, ValueError):
     """A plan that is impossible, or that belongs to another model."""
 
 
+class DeployError(MoePruneError, ValueError):
+    """An engine, a GPU or a spread over devices that does not exist."""
+
+
 class ExportError(MoePruneError, RuntimeError):
     """An export that would overwrite something or that could not be completed."""
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from moeprune.cli import calibrate, evaluate, export, inspect, ls, plan, run, stats, verify
+from moeprune.cli import calibrate, check, evaluate, export, inspect, ls, plan, run, stats, verify
 from moeprune.errors import MoePruneError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(stats.app, name="stats")
 app.command("plan")(plan.plan)
+app.command("check")(check.check)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeprune.cli.deploy_options import NAMES, Ep, Gpu, Redundant, Tp
 from moeprune.cli.options import Force, Json, Quiet, Seed, print_json, refuse_existing
+
+if TYPE_CHECKING:
+    from moeprune.deploy.serving import Serving
+    from moeprune.plan.plan import Plan
 
 
 def plan(
@@ -21,6 +27,21 @@ def plan(
         str | None,
         typer.Option(help="Share of each calibration domain, such as `code=0.7,math=0.3` [default: as calibrated]."),
     ] = None,
+    no_groups: Annotated[
+        bool,
+        typer.Option(
+            "--no-groups",
+            help="Turn group-limited routing off: any kept experts may be combined.",
+        ),
+    ] = False,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--for", metavar="ENGINE", help=f"Choose a number that this engine serves well: {NAMES}."),
+    ] = None,
+    tp: Tp = 1,
+    ep: Ep = 1,
+    redundant: Redundant = 0,
+    gpu: Gpu = None,
     seed: Seed = 0,
     force: Force = False,
     quiet: Quiet = False,
@@ -32,15 +53,22 @@ def plan(
     """
     refuse_existing(out, force=force)
     from moeprune.calibrate.stats import Stats
+    from moeprune.deploy.serving import servings
+    from moeprune.errors import PlanError
     from moeprune.files import sha256_file
     from moeprune.plan.uniform import make_plan
 
+    if not engine and (tp, ep, redundant, gpu) != (1, 1, 0, None):
+        raise PlanError("--tp, --ep, --redundant and --gpu belong to --for ENGINE, which is missing.")
+    where = servings(engine, tp=tp, ep=ep, redundant=redundant, gpu=gpu) if engine else ()
     made = make_plan(
         Stats.load(stats),
         score=score,
         keep=keep,
         keep_experts=keep_experts,
         top_k=top_k,
+        groups=not no_groups,
+        where=where,
         domains=parse_domains(domain) if domain else None,
         seed=seed,
         stats_sha256=sha256_file(stats),
@@ -54,8 +82,23 @@ def plan(
             f"{out}: {made.num_experts} of {model.num_experts} experts in {len(model.layers)} layers, "
             f"top-{made.top_k} of {model.top_k}"
         )
+        if "chosen" in made.method:
+            typer.echo(f"chosen for {', '.join(engine or [])}: {made.method['chosen']}")
         for warning in made.warnings:
             typer.echo(f"warning: {warning}", err=True)
+        for line in advice(made, where):
+            typer.echo(f"advice: {line}", err=True)
+
+
+def advice(made: Plan, where: Sequence[Serving]) -> Iterator[str]:
+    """What the plan costs in engines: those of ``where`` or, without any, all of them on one device."""
+    from moeprune.deploy.advise import advise
+    from moeprune.deploy.facts import facts_of_model
+
+    after = facts_of_model(made.model, num_experts=made.num_experts, top_k=made.top_k, n_group=made.n_group)
+    before = None if where else facts_of_model(made.model)
+    for finding in advise(after, before=before, where=where):
+        yield f"({', '.join(finding.engines)}) {finding.what} {finding.instead}"
 
 
 def parse_domains(text: str) -> dict[str, float]:

@@ -38,6 +38,7 @@ class Plan(BaseModel):
         layers: One entry for each layer with experts, in order.
         n_group: 1 turns group-limited routing off: a token may then use any of the kept experts. None leaves the groups
             as they are.
+        mtp: What becomes of multi-token prediction layers: pruned with the experts of the last layer, or left out.
         method: How the experts were chosen (score, ratio, domains, seed, hash of the statistics), for the record.
         warnings: What a user should know before trusting the result.
     """
@@ -50,6 +51,7 @@ class Plan(BaseModel):
     top_k: int
     layers: tuple[LayerPlan, ...]
     n_group: Literal[1] | None = None
+    mtp: Literal["prune", "drop"] = "prune"
     method: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

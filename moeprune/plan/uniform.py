@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from moeprune.calibrate.stats import Stats
+from moeprune.deploy.choose import choose_count, require_count
+from moeprune.deploy.facts import facts_of_model
+from moeprune.deploy.serving import Serving
 from moeprune.errors import PlanError
 from moeprune.plan.caveats import caveats
 from moeprune.plan.plan import LayerPlan, Plan, check_sizes, num_to_keep
@@ -23,6 +28,7 @@ def make_plan(
     keep_experts: int | None = None,
     top_k: int | None = None,
     groups: bool = True,
+    where: Sequence[Serving] = (),
     domains: Mapping[str, float] | None = None,
     seed: int = 0,
     stats_sha256: str | None = None,
@@ -37,12 +43,14 @@ def make_plan(
         top_k: Active experts a token; by default the model's own.
         groups: Whether group-limited routing stays. Without it the best experts are chosen across groups, and a token
             may use any of them, which it could not before.
+        where: Engines that are to serve the result. The number nearest to ``keep`` that they serve well is taken; an
+            explicit ``keep_experts`` that one of them cannot serve is refused.
         domains: Share of each domain in the mix (:meth:`moeprune.calibrate.stats.Stats.mixed`).
         seed: For criteria that draw random numbers.
         stats_sha256: Hash of the statistics file, for the record.
 
     Raises:
-        PlanError: If the counts are impossible or the criterion is unknown.
+        PlanError: If the counts are impossible, also for an engine of ``where``, or the criterion is unknown.
         StatsError: If a domain is unknown.
     """
     model = stats.model
@@ -52,7 +60,15 @@ def make_plan(
     share = 1.0 if keep is None else keep
     count = keep_experts if keep_experts is not None else num_to_keep(model, keep=share, n_group=n_group)
     active = model.top_k if top_k is None else top_k
+    served: dict[str, Any] = {}
+    if where and keep_experts is None:
+        deployed = facts_of_model(model, top_k=active, n_group=n_group)
+        choice = choose_count(deployed, where, asked=count)
+        count, served = choice.num_experts, {"chosen": str(choice)}
     check_sizes(model, num_experts=count, top_k=active, n_group=n_group)
+    if where:
+        require_count(facts_of_model(model, num_experts=count, top_k=active, n_group=n_group), where)
+        served["for"] = [asdict(serving) for serving in where]
     criterion = SCORES.get(score)
     sums = stats.mixed(domains)
     saliency = criterion.function(sums, seed=seed)
@@ -78,6 +94,7 @@ def make_plan(
             "seed": seed,
             "calibration_tokens": int(stats.tokens.sum()),
             "stats_sha256": stats_sha256,
+            **served,
         },
         warnings=tuple(caveats(model, chosen, routed=sums["count"], seen=seen, top_k=active, n_group=n_group)),
     )
