@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moeprune.errors import UnsupportedModelError
@@ -25,31 +25,22 @@ _MAY_BE_NUMBERED = re.compile(r"^\d|(?:^|\.)experts\.(?:expert_)?\d")
 _REGEX_KEYS = {"dynamic"}  # GPTQModel: its keys are regexes, marked or not
 
 
+Numbers = Mapping[int, int | None]
+
+
 class ExpertNames:
     """The new names of experts after pruning.
 
     Args:
-        keep: Kept expert ids by path of the decoder layer.
-        num_experts: Experts of a layer before pruning.
+        numbers: For each decoder layer what becomes of the number of each expert; None if the expert goes.
         modules: Stored names of the experts' modules.
-        dropped: Layers that are left out altogether.
     """
 
-    def __init__(
-        self,
-        keep: Mapping[str, Sequence[int]],
-        *,
-        num_experts: int,
-        modules: Iterable[str] = (),
-        dropped: Collection[str] = (),
-    ):
-        self._num_experts = num_experts
-        self._position = {
-            bare(layer): {expert: new for new, expert in enumerate(experts)} for layer, experts in keep.items()
-        }
-        assert len(self._position) == len(keep), f"layers that differ in their prefix alone: {list(keep)}"
-        self._dropped = {bare(layer) for layer in dropped}
-        self._groups = expert_groups(modules, layers=keep, num_experts=num_experts)
+    def __init__(self, numbers: Mapping[str, Numbers], *, modules: Iterable[str] = ()):
+        self._numbers = {bare(layer): new for layer, new in numbers.items()}
+        assert len(self._numbers) == len(numbers), f"layers that differ in their prefix alone: {list(numbers)}"
+        self._num_experts = max(map(len, numbers.values()), default=0)
+        self._groups = expert_groups(modules, layers=numbers, num_experts=self._num_experts)
 
     def remap(self, value: Any, path: str) -> Any:
         """A copy of the config below ``path`` in which list entries and keys have their new names.
@@ -95,7 +86,7 @@ class ExpertNames:
                     f"{path} names {len(experts)} of {self._num_experts} experts ({head}{min(experts)}{tail}, ...) "
                     f"without a layer, and each layer gets new numbers. {_NAME_THEM}"
                 )
-        kept = max(map(len, self._position.values()), default=0)
+        kept = max((sum(new is not None for new in numbers.values()) for numbers in self._numbers.values()), default=0)
         return {match.group(): match.group() if int(match["expert"]) < kept else None for match in matches}
 
     def _name(self, entry: str, path: str, *, is_regex: bool = False) -> str | None:
@@ -123,18 +114,16 @@ class ExpertNames:
 
     def _renumbered(self, match: re.Match[str], path: str) -> str | None:
         layer, expert = bare(match["layer"]), int(match["expert"])
-        if layer in self._dropped:
-            return None
-        if layer not in self._position:
+        if layer not in self._numbers:
             raise UnsupportedModelError(
                 f"{path} names {match.group()!r}, an expert of a layer that is not pruned. Pruned are "
-                f"{', '.join(list(self._position)[:4])}, ... Remove the entry if it has no effect."
+                f"{', '.join(list(self._numbers)[:4])}, ... Remove the entry if it has no effect."
             )
-        if expert >= self._num_experts:
+        if expert not in self._numbers[layer]:
             raise UnsupportedModelError(
-                f"{path} names {match.group()!r}, but the model has experts 0 to {self._num_experts - 1}."
+                f"{path} names {match.group()!r}, but the layer has experts 0 to {max(self._numbers[layer])}."
             )
-        new = self._position[layer].get(expert)
+        new = self._numbers[layer][expert]
         if new is None:
             return None
         tail = ".*" if match["tail"] == "*" else match["tail"]  # the new number may be the beginning of another
@@ -145,6 +134,17 @@ _NAME_THEM = (
     "Name the modules in full (model.layers.4.mlp.experts.17.up_proj), or prune the unquantised checkpoint and "
     "quantise the result."
 )
+
+
+def numbers_of(keep: Mapping[str, Sequence[int]], *, num_experts: int) -> dict[str, Numbers]:
+    """What becomes of each expert's number, by layer, where experts are numbered from 0.
+
+    Args:
+        keep: Kept expert ids by path of the decoder layer, ascending.
+        num_experts: Experts of a layer before pruning.
+    """
+    position = {layer: {expert: new for new, expert in enumerate(experts)} for layer, experts in keep.items()}
+    return {layer: {expert: new.get(expert) for expert in range(num_experts)} for layer, new in position.items()}
 
 
 def bare(layer: str) -> str:

@@ -16,6 +16,7 @@ from moeprune.checkpoint.folder import INDEX_NAME
 from moeprune.export.card import read_card, write_card
 from moeprune.export.journal import JOURNAL, Journal, clear, job_of, locked, read_finished
 from moeprune.export.layout import Shard, lay_out, parse_size
+from moeprune.export.quantization_config import remapped_configs
 from moeprune.export.shards import write_index, write_shards
 from moeprune.export.slices import plan_outputs
 from moeprune.export.summary import ExportSummary, manifest, summarise
@@ -79,6 +80,8 @@ def export_checkpoint(
         tensors_in=Counter(tensor.file for tensor in checkpoint.tensors.values()),
         max_bytes=max_bytes,
     )
+    written = (tensor for shard in shards for tensor in shard.tensors)
+    configs = remapped_configs(_config(source, plan), source=source, plan=plan, outputs=written)
     check_target(out, source=checkpoint.path, force=force)
     partial = out.with_name(f"{out.name}.partial")
     job = job_of(checkpoint, plan=plan, shards=shards, commit=None)
@@ -101,7 +104,8 @@ def export_checkpoint(
         )  # fmt: skip
         record = manifest(checkpoint, plan, summary.sizes, origin={}, files=journal.finished)
         write_json(partial / MANIFEST, record)
-        write_json(partial / "config.json", _config(source, plan))  # last: without it the folder is not a checkpoint
+        for file, text in configs.items():  # config.json last: without it the folder is not a checkpoint
+            write_json(partial / file, text)
         put_in_place(partial, out)
         (out / JOURNAL).unlink()
     return summary

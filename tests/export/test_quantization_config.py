@@ -5,10 +5,10 @@ import pytest
 
 from moeprune.anatomy.formats import FORMATS
 from moeprune.errors import UnsupportedModelError
+from moeprune.export.expert_names import ExpertNames, numbers_of
 from moeprune.export.quantization_config import (
-    read_quantization_files,
-    remap_hf_quant_config,
     remap_quantization_config,
+    remap_quantization_file,
     stored_modules,
 )
 
@@ -22,9 +22,13 @@ MODULES = [
 ]
 
 
+def names(keep=KEEP, *, num_experts=EXPERTS, modules=MODULES, dropped=()):
+    left_out = dict.fromkeys(dropped, ())
+    return ExpertNames(numbers_of(keep | left_out, num_experts=num_experts), modules=modules)
+
+
 def remap(entry, **kwargs):
-    arguments = {"keep": KEEP, "num_experts": EXPERTS, "modules": MODULES} | kwargs
-    return remap_quantization_config({"quantization_config": entry}, **arguments)["quantization_config"]
+    return remap_quantization_config({"quantization_config": entry}, names(**kwargs))["quantization_config"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_nothing_outside_the_quantisation_entries_changes_and_the_source_stays()
     }
     before = json.dumps(config)
     new = "model.layers.4.mlp.experts.1.up_proj"
-    assert remap_quantization_config(config, keep=KEEP, num_experts=EXPERTS, modules=MODULES) == {
+    assert remap_quantization_config(config, names()) == {
         "model_type": "x",
         "notes": [name],
         "quantization_config": {"ignore": [new]},
@@ -229,15 +233,7 @@ def test_modelopts_own_file_is_remapped():
     }  # fmt: skip
     after = json.loads(json.dumps(before))
     after["quantization"]["exclude_modules"] = ["lm_head", "model.layers.0*", "model.layers.4.mlp.experts.2.up_proj"]
-    assert remap_hf_quant_config(before, keep=KEEP, num_experts=EXPERTS, modules=MODULES) == after
-
-
-def test_quantisers_files_beside_config_json_are_found(tmp_path):
-    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {}}')
-    (tmp_path / "quantize_config.json").write_text('{"bits": 4}')
-    (tmp_path / "config.json").write_text("{}")
-    found = {"hf_quant_config.json": {"quantization": {}}, "quantize_config.json": {"bits": 4}}
-    assert read_quantization_files(tmp_path) == found
+    assert remap_quantization_file(before, names(), name="hf_quant_config.json") == after
 
 
 def test_the_modules_of_stored_keys_are_named_once():
