@@ -44,8 +44,7 @@ class Observer:
             self._in_encoder = [id(module) in encoder for module in self._modules]
         self._num_experts = num_experts
         self._masks: dict[bool, Bool[Tensor, " tokens"] | None] = {}
-        self._current: list[LayerAccumulator] = []
-        self._calls = [0] * len(experts)
+        self._current: list[LayerAccumulator | None] = [None] * len(experts)
         self._kinds: list[Kind] = []
         for path, module in zip(experts, self._modules, strict=True):
             try:
@@ -69,10 +68,7 @@ class Observer:
 
     def start(self) -> None:
         """Begin a domain with sums of zero."""
-        self._current = [
-            LayerAccumulator(self._num_experts, next(module.parameters()).device) for module in self._modules
-        ]
-        self._calls = [0] * len(self._modules)
+        self._current = [None] * len(self._modules)
 
     def set_mask(
         self, mask: Bool[Tensor, "batch length"] | None, *, encoder: Bool[Tensor, "batch source"] | None = None
@@ -94,9 +90,11 @@ class Observer:
         A layer that the model did not call, such as the vision experts of a model that was given text alone, adds
         nothing.
         """
-        assert any(self._calls), "no layer was called"
+        assert any(self._current), "no layer was called"
         at = stats.domains.index(domain)
         for layer, accumulator in enumerate(self._current):
+            if accumulator is None:
+                continue
             columns = accumulator.sums.cpu().numpy()
             for column, name in enumerate(SUM_COLUMNS):
                 if name in self.quantities:
@@ -118,6 +116,8 @@ class Observer:
                 )
             mask = mask.to(seen.gates.device)
             keep = mask[seen.tokens]
-        self._calls[layer] += 1
-        self._current[layer].add(seen.outputs, seen.gates, seen.experts, keep, weighted=seen.weighted)
-        self._current[layer].add_entropy(seen.weights, mask)
+        # Made here, because only here it is known where the layer runs: its weights may be offloaded between calls.
+        sums = self._current[layer] or LayerAccumulator(self._num_experts, seen.gates.device)
+        sums.add(seen.outputs, seen.gates, seen.experts, keep, weighted=seen.weighted)
+        sums.add_entropy(seen.weights, mask)
+        self._current[layer] = sums

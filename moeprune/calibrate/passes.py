@@ -86,7 +86,7 @@ def run_decoder(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, o
         return
     if observer is not None:
         observer.set_mask(mask)
-    model.base_model(input_ids=ids.to(model.device), attention_mask=_attention_mask(mask, model), use_cache=False)
+    model.base_model(input_ids=ids.to(_device(model)), attention_mask=_attention_mask(mask, model), use_cache=False)
 
 
 def _run_encoder_decoder(
@@ -105,9 +105,9 @@ def _run_encoder_decoder(
     if observer is not None:
         observer.set_mask(torch.cat([torch.zeros_like(mask[:, :1]), target], dim=1), encoder=source)
     model.base_model(
-        input_ids=ids[:, :half].to(model.device),
+        input_ids=ids[:, :half].to(_device(model)),
         attention_mask=_attention_mask(source, model),
-        decoder_input_ids=torch.cat([begin, ids[:, half:]], dim=1).to(model.device),
+        decoder_input_ids=torch.cat([begin, ids[:, half:]], dim=1).to(_device(model)),
         decoder_attention_mask=_attention_mask(torch.cat([torch.ones_like(mask[:, :1]), target], dim=1), model),
         use_cache=False,
     )
@@ -115,4 +115,9 @@ def _run_encoder_decoder(
 
 def _attention_mask(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor | None:
     """What the model takes: 1 for text, or nothing where all is text."""
-    return None if bool(mask.all()) else mask.to(model.device, torch.long)
+    return None if bool(mask.all()) else mask.to(_device(model), torch.long)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go; an offloaded model moves them itself from the CPU to where it runs."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device

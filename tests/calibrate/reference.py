@@ -51,7 +51,7 @@ class SlowSums:
         self.layers = {name: np.zeros(num_layers) for name in LAYER_SUMS}
 
     def add(self, layer: int, slots: Iterable[tuple[int, float, Tensor | None]]) -> None:
-        """One token: each expert that it uses, its weight and its unweighted output; None for one that computes nothing."""
+        """One token: each expert that it uses, its weight and its unweighted output; None for no expert."""
         slots = list(slots)
         for expert, gate, output in slots:
             if output is None or gate == 0:

@@ -8,7 +8,6 @@ container sends a token to the expert that is asked for is tried on a toy of the
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.calibrate.experts.recorded import Run, check_sum, joined, wrapped_forward
-from moeprune.calibrate.experts.seen import EVERYTHING, Kind, Report, Seen
+from moeprune.calibrate.experts.seen import EVERYTHING, Kind, Report, Seen, arguments
 
 EXPERT = re.compile(r"expert_(\d+)")
 
@@ -38,8 +37,8 @@ def _refusal(module: nn.Module) -> str | None:
         return None
     listed = ", ".join(f"expert {expert} on {tokens}" for expert, tokens in ran.items())
     return (
-        f"asked to run expert {asked} on 1 token, its forward pass in this version of transformers runs {listed}; "
-        "what it computes is not the model"
+        f"asked to run expert {asked} on 1 token, its forward pass in this version of transformers runs {listed}, so "
+        "that its statistics would not be those of the trained model"
     )
 
 
@@ -70,7 +69,7 @@ def _try(module: nn.Module) -> tuple[int, dict[int, int], float]:
     mask = torch.zeros(1, 1, len(toys), dtype=torch.long)
     mask[..., asked] = 1
     weights = torch.ones(1, 1)
-    if "router_mask" in inspect.signature(module.forward).parameters:  # nllb_moe: (tokens, experts) for both
+    if "router_mask" in arguments(module):  # nllb_moe: (tokens, experts) for both
         mask, weights = mask[:, 0], mask[:, 0].float()
     result = toy.forward(torch.ones(1, 1), mask, weights)
     return asked, {expert: child.tokens for expert, child in toys.items() if child.tokens}, float(result)

@@ -7,7 +7,6 @@ norms are not part of the statistics of such models.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune.calibrate.experts.seen import Kind, Report, Seen
+from moeprune.calibrate.experts.seen import Kind, Report, Seen, arguments
 from moeprune.errors import UnsupportedModelError
 
 
 def _matches(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters(recurse=False))
     stacked = {"gate_up_proj", "down_proj"} <= parameters.keys() and parameters["down_proj"].ndim == 3
-    return stacked and list(inspect.signature(module.forward).parameters) == ["hidden_states"]
+    return stacked and arguments(module) == ["hidden_states"]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ gives the unweighted output of the expert that the slice belongs to. Nothing is 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moeprune.calibrate.experts.recorded import Run, check_sum, joined, wrapped_forward
-from moeprune.calibrate.experts.seen import EVERYTHING, Kind, Report, Seen, packed
+from moeprune.calibrate.experts.seen import EVERYTHING, Kind, Report, Seen, arguments, packed
 
 LAST_PROJECTIONS = ("down_proj", "mlp.w2")
 PRODUCTS = {"linear", "matmul", "mm", "__matmul__"}
 
 
 def _matches(module: nn.Module) -> bool:
-    parameters = list(inspect.signature(module.forward).parameters)
-    return parameters == ["hidden_states", "top_k_index", "top_k_weights"] and _last_projection(module) is not None
+    return arguments(module) == ["hidden_states", "top_k_index", "top_k_weights"] and bool(_last_projection(module))
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -42,21 +40,27 @@ class _Products(TorchFunctionMode):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.runs: list[Run] = []
-        weight = module.get_parameter(str(_last_projection(module)))
+        self._module: Any = module
+        self._name = str(_last_projection(module))
+        weight = module.get_parameter(self._name)
         # A flat weight stacks the experts' rows; the class itself knows how many there are.
-        self.num_experts: int = weight.shape[0] if weight.ndim == 3 else int(module.num_experts)  # type: ignore[arg-type]
+        self.num_experts: int = weight.shape[0] if weight.ndim == 3 else int(self._module.num_experts)
         self._size = weight.numel() // self.num_experts
-        self._weight = weight
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in PRODUCTS and len(args) > 1 and self._is_slice(args[1]):
-            self.runs.append(((args[1].storage_offset() - self._weight.storage_offset()) // self._size, result))
+        if getattr(func, "__name__", "") in PRODUCTS and len(args) > 1:
+            expert = self._expert_of(args[1])
+            if expert is not None:
+                self.runs.append((expert, result))
         return result
 
-    def _is_slice(self, operand: Tensor) -> bool:
-        same = operand.untyped_storage().data_ptr() == self._weight.untyped_storage().data_ptr()
-        return same and operand.numel() == self._size
+    def _expert_of(self, operand: Tensor) -> int | None:
+        # Read anew each time: an offloaded weight is only in memory while its module runs.
+        weight = self._module.get_parameter(self._name)
+        if operand.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr() or operand.numel() != self._size:
+            return None
+        return (operand.storage_offset() - weight.storage_offset()) // self._size
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from moeprune.errors import UnsupportedModelError
 TOLERANCE = 0.05
 """Share of the norm of a module's result that recorded contributions may miss: bfloat16 loses about a hundredth."""
 
-Run = tuple[int, Float[Tensor, "tokens hidden"]]
+Run = tuple[int, Float[Tensor, "_ hidden"]]
 """An expert that was run, and what it gave."""
 
 

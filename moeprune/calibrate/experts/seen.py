@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class Kind:
     matches: Callable[[nn.Module], bool]
     refusal: Callable[[nn.Module], str | None]
     watch: Callable[[nn.Module, nn.Module, Report], AbstractContextManager[None]]
+
+
+def arguments(module: nn.Module) -> list[str]:
+    """Names of the arguments of the class's ``forward``; that of the instance may be wrapped."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def packed(module: nn.Module, name: str) -> str | None:
