@@ -206,3 +206,17 @@ def companion_base(key: str, *, stored: StoredFormat) -> str | None:
     """The weight that ``key`` stands for or accompanies; see :meth:`StoredFormat.companion`."""
     companion = stored.companion(key)
     return None if companion is None else companion.base
+
+
+def format_rows() -> list[dict[str, str]]:
+    """The table of stored formats: what ``moeprune ls formats`` and docs/formats.md show."""
+    return [
+        {
+            "name": stored.name,
+            "quant_method": ", ".join(stored.methods),
+            "tensors": ", ".join([*(stored.packed or ("weight",)), *stored.leaves, *stored.dotted]),
+            "transformers on a CPU": stored.loads,
+            "names from": stored.source,
+        }
+        for stored in FORMATS.values()
+    ]

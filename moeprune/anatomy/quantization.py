@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moeprune.anatomy.formats import FORMATS, StoredFormat, format_of
@@ -33,35 +34,39 @@ class Quantisation:
 
 
 def quantisation_of(
-    config: Mapping[str, Any], *, hf_quant_config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    *,
+    hf_quant_config: Mapping[str, Any] | None = None,
+    where: str | Path = "config.json",
 ) -> Quantisation | None:
     """How a checkpoint is quantised, or None if it is not.
 
     Args:
         config: The text of config.json.
         hf_quant_config: The text of hf_quant_config.json, if there is one.
+        where: The checkpoint, for errors.
 
     Raises:
         CheckpointError: If the entry is malformed.
         UnsupportedModelError: If the format is not one that moeprune prunes.
     """
-    entry = quantization_entry(config)
+    entry = quantization_entry(config, where=where)
     if entry is None and hf_quant_config is not None:
         # Written beside config.json by ModelOpt, whose older releases left config.json alone.
         entry = {**hf_quant_config.get("quantization", {}), "quant_method": "modelopt"}
     if entry is None:
         return None
-    method = _method(entry)
+    method = _method(entry, where)
     if entry.get("sparsity_config", {}).get("format", "dense") != "dense":
         raise UnsupportedModelError(
-            f"stored sparse ({entry['sparsity_config']['format']}): moeprune does not prune this. {WAY_OUT}"
+            f"{where}: stored sparse ({entry['sparsity_config']['format']}): moeprune does not prune this. {WAY_OUT}"
         )
-    stored = _stored_format(method, entry)
+    stored = _stored_format(method, entry, where)
     title, bits = _DESCRIBERS[stored.name](entry)
     return Quantisation(method, title, bits, stored)
 
 
-def quantization_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def quantization_entry(config: Mapping[str, Any], *, where: str | Path = "config.json") -> Mapping[str, Any] | None:
     """The quantisation entry of a config.json, of its text model if it has none of its own; None if it has neither.
 
     Raises:
@@ -71,7 +76,7 @@ def quantization_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         for key in CONFIG_KEYS if isinstance(holder, Mapping) else ():
             entry = holder.get(key)
             if entry is not None and not isinstance(entry, Mapping):
-                raise CheckpointError(f"config.json: {key} is {type(entry).__name__}, expected an object.")
+                raise CheckpointError(f"{where}: {key} is {type(entry).__name__}, expected an object.")
             if entry:
                 return entry
     return None
@@ -91,7 +96,7 @@ def refuse_merge(quantisation: Quantisation | None) -> None:
         )
 
 
-def _method(entry: Mapping[str, Any]) -> str:
+def _method(entry: Mapping[str, Any], where: str | Path) -> str:
     # transformers, too, lets the flags of bitsandbytes overrule `quant_method` (quantizers/auto.py).
     if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
         return f"bitsandbytes_{4 if entry.get('load_in_4bit') else 8}bit"
@@ -102,15 +107,16 @@ def _method(entry: Mapping[str, Any]) -> str:
         return "compressed-tensors"
     if "quant_algo" in entry or "quant_algo" in entry.get("quantization", {}):
         return "modelopt"
-    raise CheckpointError(f"config.json: quantization_config has no quant_method. It has: {', '.join(entry)}.")
+    raise CheckpointError(f"{where}: quantization_config has no quant_method. It has: {', '.join(entry)}.")
 
 
-def _stored_format(method: str, entry: Mapping[str, Any]) -> StoredFormat:
+def _stored_format(method: str, entry: Mapping[str, Any], where: str | Path) -> StoredFormat:
     stored = format_of(method.lower())
     if stored is None:
         known = [name for each in FORMATS.values() for name in each.methods]
         raise UnsupportedModelError(
-            f"stored quantised with {method!r}, which moeprune does not prune. {did_you_mean(method, known)} {WAY_OUT}"
+            f"{where}: stored quantised with {method!r}, which moeprune does not prune. {did_you_mean(method, known)} "
+            f"{WAY_OUT}"
         )
     packing = str(entry.get("packing_format", ""))
     if "auto" in method and "round" in method:
@@ -119,7 +125,9 @@ def _stored_format(method: str, entry: Mapping[str, Any]) -> StoredFormat:
         if "awq" in packing:
             return FORMATS["awq"]
         if packing and not any(known in packing for known in ("gptq", "auto_round")):
-            raise UnsupportedModelError(f"stored by AutoRound as {packing!r}, which moeprune does not prune. {WAY_OUT}")
+            raise UnsupportedModelError(
+                f"{where}: stored by AutoRound as {packing!r}, which moeprune does not prune. {WAY_OUT}"
+            )
     return stored
 
 

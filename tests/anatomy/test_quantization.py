@@ -1,10 +1,11 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from moeprune.anatomy.companions import ExpertPart, check_companions, expert_dim
-from moeprune.anatomy.formats import FORMATS, Companion, companion_base, format_of
+from moeprune.anatomy.formats import FORMATS, Companion, companion_base, format_of, format_rows
 from moeprune.anatomy.quantization import quantisation_of, refuse_merge
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from tests.formats import SCHEMES
@@ -285,3 +286,16 @@ def test_no_two_formats_claim_one_method():
     methods = [method for stored in FORMATS.values() for method in stored.methods]
     assert len(methods) == len(set(methods))
     assert all(format_of(method).name == name for name, stored in FORMATS.items() for method in stored.methods)
+
+
+def test_the_table_in_the_docs_is_the_one_that_the_code_goes_by():
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| ") and "`quant_method`" not in line]
+    for line, row in zip(table, format_rows(), strict=True):
+        cells = [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+        assert cells == list(row.values())
+
+
+def test_a_refusal_says_which_checkpoint():
+    with pytest.raises(UnsupportedModelError, match=r"^/models/x: stored quantised with 'hqq'"):
+        quantisation_of({"quantization_config": {"quant_method": "hqq"}}, where="/models/x")

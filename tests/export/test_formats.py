@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moeprune.anatomy.formats import FORMATS
+from moeprune.anatomy.quantization import quantisation_of
 from moeprune.anatomy.source import open_source
 from moeprune.apply.memory import apply_plan
 from moeprune.checkpoint.load import align_memory
@@ -18,6 +21,7 @@ from moeprune.export.export import export_checkpoint
 from moeprune.plan.plan import Plan
 from tests import quantisers as q
 from tests.formats import SCHEMES, save_mxfp4, save_quantised
+from tests.models import save
 from tests.pruning import edit_config, edit_tensors, logits, plan_for
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
@@ -26,24 +30,25 @@ ROUTER = re.compile(r"^(?P<layer>model\.layers\.\d+)\.\w+\.(gate\.weight|gate\.e
 FUSED = re.compile(r"^(?P<layer>model\.layers\.\d+)\.\w+\.experts\.[a-z_]+$")
 
 
-def selected(tensors: dict[str, Tensor], plan: Plan, *, shared: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def selected(
+    tensors: dict[str, Tensor], keep: Mapping[str, Sequence[int]], *, shared: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """What is to be left of a checkpoint, found by names alone.
 
     Args:
         tensors: The source's tensors.
-        plan: The plan.
+        keep: Kept expert ids by layer.
         shared: Endings of fused tensors that have no expert axis.
     """
     left = {}
     for key, tensor in tensors.items():
         single, many = EXPERT.match(key), ROUTER.match(key) or FUSED.match(key)
-        if single and single["layer"] in plan.keep:
-            keep = plan.keep[single["layer"]]
-            if int(single["expert"]) in keep:
-                new = keep.index(int(single["expert"]))
+        if single and single["layer"] in keep:
+            if int(single["expert"]) in keep[single["layer"]]:
+                new = keep[single["layer"]].index(int(single["expert"]))
                 left[f"{single['layer']}.{single['block']}.experts.{new}.{single['rest']}"] = tensor
-        elif many and many["layer"] in plan.keep and not key.endswith(shared or ("\0",)):
-            left[key] = torch.stack([tensor[expert] for expert in plan.keep[many["layer"]]])
+        elif many and many["layer"] in keep and not key.endswith(shared or ("\0",)):
+            left[key] = torch.stack([tensor[expert] for expert in keep[many["layer"]]])
         else:
             left[key] = tensor
     return left
@@ -82,7 +87,7 @@ def test_every_tensor_of_a_kept_expert_is_copied_and_none_of_a_dropped_one(tmp_p
     save_quantised(family, tmp_path / "source", scheme)
     plan = plan_for(tmp_path / "source", family)
     source = load_file(tmp_path / "source" / "model.safetensors")
-    assert_same_bytes(export(tmp_path / "source", tmp_path / "pruned", plan), selected(source, plan))
+    assert_same_bytes(export(tmp_path / "source", tmp_path / "pruned", plan), selected(source, plan.keep))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -152,7 +157,7 @@ def test_blocks_scales_and_biases_of_mxfp4_are_sliced_alike(tmp_path):
     plan = plan_for(tmp_path / "source", "gpt_oss")
     source = load_file(tmp_path / "source" / "model.safetensors")
     pruned = export(tmp_path / "source", tmp_path / "pruned", plan)
-    assert_same_bytes(pruned, selected(source, plan))
+    assert_same_bytes(pruned, selected(source, plan.keep))
     for layer, keep in plan.keep.items():
         name = f"{layer}.mlp.experts.gate_up_proj"
         before, after = (
@@ -162,37 +167,99 @@ def test_blocks_scales_and_biases_of_mxfp4_are_sliced_alike(tmp_path):
         assert after.equal(before[list(keep)])
 
 
-def fuse(folder: Path, *, shared: bool) -> None:
-    """Store the experts of a qwen3_moe checkpoint fused in FP8, the scale one for each block or one for all experts."""
+def fused_block(weight: Tensor) -> dict[str, Tensor]:
+    """FP8 with a scale for each square of weights, as transformers names it."""
+    scale = q.block_maxima(weight) / q.F8_MAX
+    return {"": (weight / q.spread(scale, weight.shape)).to(q.F8), "_scale_inv": scale}
+
+
+def fused_static(weight: Tensor) -> dict[str, Tensor]:
+    """FP8 with one scale for all experts, and one for their inputs."""
+    scale = weight.abs().max() / q.F8_MAX
+    parts = {"": (weight / scale).to(q.F8), "_scale_inv": scale.reshape(1), "_activation_scale": torch.tensor(0.5)}
+    return parts
+
+
+def fused_channel(weight: Tensor) -> dict[str, Tensor]:
+    """FBGEMM's FP8: a scale for each row."""
+    scale = weight.abs().amax(-1, keepdim=True) / q.F8_MAX
+    return {"": (weight / scale).to(q.F8), "_scale": scale}
+
+
+def fused_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    """ModelOpt's NVFP4: scales of groups by expert, those of the whole tensor and of its inputs shared by all."""
+    parts = [q.encode_modelopt(expert) for expert in weight]
+    return {
+        "": torch.stack([part["weight"] for part in parts]),
+        "_weight_scale": torch.stack([part["weight_scale"] for part in parts]),
+        "_weight_scale_2": parts[0]["weight_scale_2"],
+        "_input_scale": parts[0]["input_scale"],
+    }
+
+
+FUSED_FORMATS = {
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [8, 8]}, fused_block, ()),
+    "fp8-static": ({"quant_method": "fp8"}, fused_static, ("_scale_inv", "_activation_scale")),
+    "fbgemm-fp8": ({"quant_method": "fbgemm_fp8"}, fused_channel, ()),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, fused_nvfp4, ("_weight_scale_2", "_input_scale")
+    ),
+}  # fmt: skip
+
+
+def save_fused(folder: Path, config: dict[str, object], encode: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    """Save a qwen3_moe checkpoint with the experts of each layer in one quantised tensor a projection."""
+    save("qwen3_moe", folder)
     tensors = load_file(folder / "model.safetensors")
-    layers = sorted({match["layer"] for key in tensors if (match := EXPERT.match(key))})
-    for layer in layers:
-
-        def stack(projection: str, layer: str = layer) -> Tensor:
-            return torch.stack([tensors.pop(f"{layer}.mlp.experts.{e}.{projection}.weight") for e in range(10)])
-
-        fused = {"gate_up_proj": torch.cat([stack("gate_proj"), stack("up_proj")], 1), "down_proj": stack("down_proj")}
-        for name, weight in fused.items():
-            scale = weight.abs().max().reshape(1) if shared else q.block_maxima(weight)
-            spread = scale if shared else q.spread(scale, weight.shape)
-            tensors[f"{layer}.mlp.experts.{name}"] = (weight / spread * q.F8_MAX).to(q.F8)
-            tensors[f"{layer}.mlp.experts.{name}_scale_inv"] = scale / q.F8_MAX
-            tensors[f"{layer}.mlp.experts.{name}_activation_scale"] = torch.tensor(0.5)
+    for layer in sorted({match["layer"] for key in tensors if (match := EXPERT.match(key))}):
+        stacked = {
+            projection: torch.stack([tensors.pop(f"{layer}.mlp.experts.{e}.{projection}.weight") for e in range(10)])
+            for projection in ("gate_proj", "up_proj", "down_proj")
+        }
+        gate_up = torch.cat([stacked["gate_proj"], stacked["up_proj"]], 1)
+        for name, weight in {"gate_up_proj": gate_up, "down_proj": stacked["down_proj"]}.items():
+            for ending, tensor in encode(weight).items():
+                tensors[f"{layer}.mlp.experts.{name}{ending}"] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    edit_config(folder, quantization_config=config)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_fused_scale_is_sliced_unless_all_experts_share_it(tmp_path, shared):
-    from tests.models import save
-
-    save("qwen3_moe", tmp_path / "source")
-    fuse(tmp_path / "source", shared=shared)
+@pytest.mark.parametrize("form", FUSED_FORMATS)
+def test_a_fused_scale_is_sliced_unless_all_experts_share_it(tmp_path, form):
+    config, encode, shared = FUSED_FORMATS[form]
+    save_fused(tmp_path / "source", config, encode)
     plan = plan_for(tmp_path / "source", "qwen3_moe")
     source = load_file(tmp_path / "source" / "model.safetensors")
-    one_for_all = ("_activation_scale", "_scale_inv") if shared else ("_activation_scale",)
-    expected = selected(source, plan, shared=one_for_all)
+    expected = selected(source, plan.keep, shared=shared)
     assert_same_bytes(export(tmp_path / "source", tmp_path / "pruned", plan), expected)
+
+
+def add_prediction_layer(tensors: dict[str, Tensor]) -> None:
+    """A layer 3 beyond the last, like layer 2 but with the rows of its tensors in reverse."""
+    for key in [key for key in tensors if key.startswith("model.layers.2.")]:
+        tensor = tensors[key]
+        reverse = torch.stack(list(reversed(tensor.unbind()))) if tensor.ndim else tensor.clone()
+        tensors[key.replace(".2.", ".3.", 1)] = reverse
+
+
+@pytest.mark.parametrize("mtp", ["prune", "drop"])
+def test_quantised_experts_of_prediction_layers_follow_the_last_layer_with_their_scales_and_their_names(tmp_path, mtp):
+    source = tmp_path / "source"
+    save_quantised("deepseek_v3", source, "fp8-block")
+    edit_tensors(source, add_prediction_layer)
+    names = [f"model.layers.3.mlp.experts.{expert}.up_proj" for expert in range(16)]
+    edit_config(source, num_nextn_predict_layers=1)
+    entry = SCHEMES["fp8-block"].config(["lm_head", *names])
+    edit_config(source, quantization_config=entry)
+    plan = plan_for(source, "deepseek_v3").model_copy(update={"mtp": mtp})
+    tensors = load_file(source / "model.safetensors")
+    keep = plan.keep | {"model.layers.3": plan.keep["model.layers.2"]}
+    expected = selected(tensors, keep)
+    if mtp == "drop":
+        expected = {key: tensor for key, tensor in expected.items() if "model.layers.3." not in key}
+    assert_same_bytes(export(source, tmp_path / "pruned", plan), expected)
+    written = json.loads((tmp_path / "pruned" / "config.json").read_text())["quantization_config"]
+    assert written["modules_to_not_convert"] == ["lm_head", *(names[: plan.num_experts] if mtp == "prune" else [])]
 
 
 def test_unquantised_experts_keep_their_entry_in_the_config_under_their_new_numbers(tmp_path):
@@ -268,3 +335,10 @@ def test_bitsandbytes_reads_the_same_weights_from_the_pruned_checkpoint(tmp_path
         )
         original = originals[f"{layer}.block_sparse_moe.experts.{keep[-1]}.{projection}.weight"]
         assert (weight - original).abs().max() <= SCHEMES["bnb-nf4"].error * original.abs().max()
+
+
+def test_every_format_in_the_table_has_a_checkpoint_here():
+    entries = [scheme.config([]) for scheme in SCHEMES.values()]
+    entries += [{"quant_method": "mxfp4"}, *(config for config, _, _ in FUSED_FORMATS.values())]
+    stored = {quantisation_of({"quantization_config": entry}).stored.name for entry in entries}
+    assert stored == FORMATS.keys()
