@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeprune.errors import PlanError
 from moeprune.facts import ModelFacts
-from moeprune.files import sha256_json, write_text
+from moeprune.files import read_json, sha256_json, write_text
 
 
 class LayerPlan(BaseModel):
@@ -81,6 +81,11 @@ class Plan(BaseModel):
         """
         if facts is not None:
             self._check_model(facts)
+        n_group = self.model.routing.n_group
+        if not 1 <= n_group <= self.model.num_experts or self.model.num_experts % n_group:
+            raise PlanError(f"the plan's model cannot have {self.model.num_experts} experts in {n_group} equal groups.")
+        if not self.layers or len(self.keep) != len(self.layers):
+            raise PlanError("the plan must list every layer with experts once, and at least one.")
         if [layer.layer for layer in self.layers] != list(self.model.layers):
             raise PlanError(
                 f"the plan lists layers {_short([layer.layer for layer in self.layers])}, "
@@ -142,16 +147,21 @@ class Plan(BaseModel):
         Raises:
             PlanError: If it is missing, not a plan, or contradicts itself.
         """
+        if path.is_dir():
+            raise PlanError(f"{path}: a folder, expected a plan (a JSON file).")
         if not path.is_file():
             raise PlanError(f"{path}: no such plan. `moeprune plan STATS --keep 0.75 --out {path}` makes one.")
         try:
+            read_json(path, allow_nan=False)  # pydantic takes the last of two equal keys, and NaN
             plan = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
+            where = ".".join(map(str, first["loc"]))[:200] or "the file"
             raise PlanError(
                 f"{path}: not a plan that this version of moeprune reads: {where}: {first['msg']}."
             ) from error
+        except (ValueError, OSError) as error:
+            raise PlanError(f"{path}: not a plan that this version of moeprune reads: the file: {error}.") from error
         plan.check()
         return plan
 
