@@ -111,6 +111,8 @@ class Stats:
                 f"{path}: statistics format {header['format']}; this version of moeprune reads {FORMAT}. Update "
                 "moeprune."
             )
+        if missing := {"tokens", "experts.count", *(f"layers.{name}" for name in LAYER_SUMS)} - arrays.keys():
+            raise StatsError(f"{path}: statistics without {min(missing)!r}. Calibrate again.")
         stats = cls(
             model=ModelFacts.model_validate(header["model"]),
             domains=tuple(header["domains"]),

@@ -51,7 +51,7 @@ def make_plan(
 
     Raises:
         PlanError: If the counts are impossible, also for an engine of ``where``, or the criterion is unknown.
-        StatsError: If a domain is unknown.
+        StatsError: If a domain is unknown, or the statistics lack a sum that the criterion needs.
     """
     model = stats.model
     if keep is not None and keep_experts is not None:
@@ -71,7 +71,7 @@ def make_plan(
         served["for"] = [asdict(serving) for serving in where]
     criterion = SCORES.get(score)
     sums = stats.mixed(domains)
-    saliency = criterion.function(sums, seed=seed)
+    saliency = criterion.saliency(stats, domains=domains, seed=seed)
     chosen = best_experts(saliency, count=count, n_group=n_group or model.routing.n_group)
     # Mixing rescales the counts; whether an expert was seen often enough is a matter of the tokens that were run.
     taking_part = [domains is None or domains.get(name, 0) > 0 for name in stats.domains]

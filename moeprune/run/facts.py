@@ -104,7 +104,7 @@ def _router(space: Workspace, stats: Stats) -> dict[str, Any]:
         "load": _rows(load_share(counts.sum(axis=0))),
         "load_by_domain": {name: _rows(load_share(counts[at])) for at, name in enumerate(stats.domains)},
         "entropy": [round(float(value), 4) for value in load_entropy(counts.sum(axis=0))],
-        "saliency": {"score": score, "values": _rows(SCORES.get(score).function(stats.mixed(), seed=0))},
+        "saliency": {"score": score, "values": _rows(SCORES.get(score).saliency(stats))},
     }
     exported = space.recipe.exported
     after = space.out / "after.safetensors"

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
+from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats, merge_stats
 from moeprune.errors import StatsError
 from tests.fake_stats import fake_stats
 
@@ -130,3 +130,43 @@ def test_an_entropy_that_is_not_finite_is_named():
         "calibration: gate_entropy_sum of model.layers.2 in domain 'code' is nan. "
         "The model overflows on this text; calibrate in another dtype."
     )
+
+
+@pytest.fixture
+def partial():
+    """Statistics of a model that gives contributions alone."""
+    stats = fake_stats()
+    for name in ("norm_sum", "norm_sq_sum", "max_abs"):
+        del stats.experts[name]
+    return stats
+
+
+def test_sums_that_a_model_does_not_give_are_not_in_the_file(partial, tmp_path):
+    path = tmp_path / "stats"
+    partial.save(path)
+    with safe_open(path, framework="numpy") as file:
+        assert set(file.keys()) == {
+            "tokens", "experts.count", "experts.gate_sum", "experts.gated_norm_sum", "layers.gate_entropy_sum",
+        }  # fmt: skip
+    loaded = Stats.load(path)
+    assert loaded.experts.keys() == {"count", "gate_sum", "gated_norm_sum"}
+    assert loaded.absent == ("norm_sum", "norm_sq_sum", "max_abs")
+    assert loaded.mixed().keys() == loaded.experts.keys()
+    assert fake_stats().absent == ()
+
+
+def test_a_sum_that_one_part_lacks_is_unknown_for_the_whole(partial):
+    whole = fake_stats(seed=1)
+    for parts in ([partial, whole], [whole, partial]):
+        merged = merge_stats(parts)
+        assert merged.absent == ("norm_sum", "norm_sq_sum", "max_abs")
+        np.testing.assert_array_equal(merged.experts["count"], partial.experts["count"] + whole.experts["count"])
+
+
+def test_a_file_without_counts_is_refused(tmp_path):
+    stats = fake_stats()
+    del stats.experts["count"]
+    stats.save(tmp_path / "stats")
+    with pytest.raises(StatsError) as error:
+        Stats.load(tmp_path / "stats")
+    assert str(error.value) == f"{tmp_path / 'stats'}: statistics without 'experts.count'. Calibrate again."

@@ -8,7 +8,7 @@ import pytest
 
 import moeprune.score
 from moeprune.calibrate.stats import EXPERT_SUMS
-from moeprune.errors import PlanError
+from moeprune.errors import PlanError, StatsError
 from moeprune.score import SCORES
 from tests.fake_stats import fake_stats
 
@@ -90,3 +90,45 @@ def test_an_unknown_criterion(name, hint):
     with pytest.raises(PlanError) as error:
         SCORES.get(name)
     assert str(error.value) == f"unknown score {name!r}. {hint}Known: ean, frequency, random, reap, soft-frequency."
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_a_criterion_reads_exactly_what_it_says_it_needs(name):
+    score = SCORES.get(name)
+    needed = {key: SUMS[key] for key in score.needs}
+    np.testing.assert_array_equal(score.function(needed, seed=0), score.function(SUMS, seed=0))
+    for key in needed:
+        with pytest.raises(KeyError, match=key):
+            score.function({other: array for other, array in needed.items() if other != key}, seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_the_saliency_of_statistics_is_that_of_their_mixed_sums(name):
+    stats = fake_stats()
+    score, weights = SCORES.get(name), {"code": 0.7, "math": 0.3}
+    expected = score.function(stats.mixed(weights), seed=3)
+    np.testing.assert_array_equal(score.saliency(stats, domains=weights, seed=3), expected)
+
+
+@pytest.fixture
+def partial():
+    """Statistics of a model whose experts' unweighted outputs cannot be seen."""
+    stats = fake_stats()
+    stats.model = stats.model.model_copy(update={"model_type": "llama4_text"})
+    for name in ("norm_sum", "norm_sq_sum", "max_abs"):
+        del stats.experts[name]
+    return stats
+
+
+def test_a_criterion_that_needs_an_absent_sum_names_those_that_do_not(partial):
+    with pytest.raises(StatsError) as error:
+        SCORES.get("ean").saliency(partial)
+    assert str(error.value) == (
+        "the score 'ean' (sum over T of |f|) needs norm_sum, which calibration does not give for llama4_text. "
+        "Use one of: frequency, random, reap, soft-frequency."
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean"}))
+def test_a_criterion_that_needs_no_absent_sum_is_computed(partial, name):
+    np.testing.assert_array_equal(SCORES.get(name).saliency(partial), SCORES.get(name).saliency(fake_stats()))

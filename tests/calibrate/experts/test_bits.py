@@ -68,9 +68,7 @@ def test_a_forward_that_was_replaced_before_is_put_back():
     assert module.forward is not class_forward
 
 
-@pytest.mark.parametrize(
-    "model_type", ["dbrx", "longcat_flash", "switch_transformers", "jetmoe", "llama4_text", "zaya"]
-)
+@pytest.mark.parametrize("model_type", ["step3p5", "switch_transformers", "zaya"])
 def test_offloaded_weights_are_observed(model_type):
     """Between calls they are on the meta device. accelerate itself cannot offload dbrx, jetmoe and llama4."""
     rows = random_rows("text", padding=4)
