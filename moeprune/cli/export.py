@@ -23,11 +23,14 @@ def export(
 
     Example: `moeprune export demo --plan plan.json --out demo-48x6`
     """
+    from moeprune.checkpoint.folder import read_config
+    from moeprune.cli.advice import advice
     from moeprune.export.export import export_checkpoint
     from moeprune.format import count, size
     from moeprune.plan.plan import Plan
 
-    summary = export_checkpoint(model, plan=Plan.load(plan), out=out, force=force, dry_run=dry_run, quiet=quiet)
+    made = Plan.load(plan)
+    summary = export_checkpoint(model, plan=made, out=out, force=force, dry_run=dry_run, quiet=quiet)
     if as_json:
         print_json(summary.to_json())
     elif not quiet:
@@ -40,3 +43,5 @@ def export(
             f"  tensors    {summary.tensors_kept} copied, {summary.tensors_sliced} sliced, "
             f"{summary.tensors_dropped} dropped"
         )
+        for line in advice(made, config=read_config(summary.source)):
+            typer.echo(f"advice: {line}", err=True)

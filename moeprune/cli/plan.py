@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moeprune.cli.deploy_options import NAMES, Ep, Gpu, Redundant, Tp
 from moeprune.cli.options import Force, Json, Quiet, Seed, print_json, refuse_existing
-
-if TYPE_CHECKING:
-    from moeprune.deploy.serving import Serving
-    from moeprune.plan.plan import Plan
 
 
 def plan(
@@ -53,6 +48,7 @@ def plan(
     """
     refuse_existing(out, force=force)
     from moeprune.calibrate.stats import Stats
+    from moeprune.cli.advice import advice
     from moeprune.deploy.serving import servings
     from moeprune.errors import PlanError
     from moeprune.files import sha256_file
@@ -86,19 +82,8 @@ def plan(
             typer.echo(f"chosen for {', '.join(engine or [])}: {made.method['chosen']}")
         for warning in made.warnings:
             typer.echo(f"warning: {warning}", err=True)
-        for line in advice(made, where):
+        for line in advice(made, where=where):
             typer.echo(f"advice: {line}", err=True)
-
-
-def advice(made: Plan, where: Sequence[Serving]) -> Iterator[str]:
-    """What the plan costs in engines: those of ``where`` or, without any, all of them on one device."""
-    from moeprune.deploy.advise import advise
-    from moeprune.deploy.facts import facts_of_model
-
-    after = facts_of_model(made.model, num_experts=made.num_experts, top_k=made.top_k, n_group=made.n_group)
-    before = None if where else facts_of_model(made.model)
-    for finding in advise(after, before=before, where=where):
-        yield f"({', '.join(finding.engines)}) {finding.what} {finding.instead}"
 
 
 def parse_domains(text: str) -> dict[str, float]:

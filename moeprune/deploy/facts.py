@@ -52,6 +52,18 @@ class DeployFacts:
     config: dict[str, Any] | None = None
     most: int | None = None
 
+    def pruned(self, *, num_experts: int, top_k: int, n_group: int | None = None) -> DeployFacts:
+        """The model that a plan with these numbers leaves; ``n_group`` is 1 where it turns groups off."""
+        fewer = self.with_experts(num_experts)
+        groups = {} if n_group is None else {"n_group": n_group, "topk_group": n_group}
+        config = fewer.config
+        if config is not None:
+            config = config | {name: top_k for name in TOP_K if config.get(name) == self.top_k}
+            config |= {name: 1 for name in (*N_GROUP, "topk_group") if groups and name in config}
+            if groups and config.get("topk_method") == "group_limited_greedy":
+                config["topk_method"] = "greedy"
+        return replace(fewer, top_k=top_k, config=config, **groups)
+
     def with_experts(self, num_experts: int) -> DeployFacts:
         """The same model with another number of experts."""
         config = self.config

@@ -62,5 +62,5 @@ def deepseek_v2_lite_layers(facts: DeployFacts, serving: Serving) -> Problem | N
     return Problem(
         f"{layers} layers without q_lora_rank: llama.cpp does not take it for a DeepSeek-V2-Lite and misses "
         "attention.q_lora_rank.",
-        "Leave the number of layers as it was.",
+        "Convert a model with all its layers; fewer experts change nothing here.",
     )
