@@ -15,6 +15,7 @@ from moeprune.errors import ExportError
 from moeprune.export.slices import ByteRange, OutputTensor
 
 BLOCK_BYTES = 4096
+WORTH_SHARING = 64 << 10
 ALIGNMENT = 8
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -156,8 +157,8 @@ def _favourite_phase(tensors: Sequence[OutputTensor]) -> int:
         offset = position
         for piece in () if tensor.compute is not None else tensor.ranges():
             length = piece.end - piece.start
-            if length < BLOCK_BYTES:
-                break  # pieces of a tensor are alike, and so small ones cannot be shared
+            if length < WORTH_SHARING:
+                break  # the pieces of a tensor are alike
             gains[(piece.start - offset) % BLOCK_BYTES] += length
             offset += length
         position += tensor.num_bytes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moeprune.checkpoint.folder import INDEX_NAME
+from moeprune.errors import ExportError, MoePruneError
 from moeprune.export.copying import HASH, Appender, Locate, Progress, hash_file
 from moeprune.export.journal import Journal
 from moeprune.export.layout import Shard
@@ -54,7 +55,7 @@ def write_shards(
         progress: Called with the number of bytes done since the last call; never by two threads at once.
 
     Raises:
-        ExportError: If a source file changes size while it is read, or cannot be downloaded.
+        ExportError: If a source file changes size while it is read or cannot be downloaded, or the disk fills up.
     """
     work = _Work(folder, journal, sources or LocalSources(), link, _Turns(progress))
     with ThreadPoolExecutor(max_workers=max(1, jobs or default_jobs())) as pool:
@@ -62,9 +63,13 @@ def write_shards(
         try:
             for future in as_completed(futures):
                 future.result()
-        except BaseException:
+        except BaseException as error:
             work.progress.stop()  # the others end at their next report instead of finishing gigabytes
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, OSError) and not isinstance(error, MoePruneError):
+                raise ExportError(
+                    f"{folder}: {error.strerror or error}. Finished shards are kept; run the same command again."
+                ) from error
             raise
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import moeprune
 from moeprune.anatomy.source import open_source
-from moeprune.errors import ExportError, PlanError, UnsupportedModelError
+from moeprune.checkpoint.header import read_header
+from moeprune.errors import ExportError, PlanError
 from moeprune.export import export as export_module
+from moeprune.export.copying import is_sparse
 from moeprune.export.export import ExportSummary, export_checkpoint, other_files
+from moeprune.export.layout import parse_size
 from moeprune.export.verify import verify_checkpoint
 from moeprune.plan.plan import Plan
 from tests.models import FAMILIES, save
@@ -187,6 +195,7 @@ def test_the_manifest_tells_where_the_checkpoint_came_from(tmp_path):
     assert manifest["source"] == {"name": str(source), "fingerprint": plan.model.fingerprint}
     assert manifest["format"] == 1
     assert manifest["pruned_before"] is None
+    assert manifest["files"].keys() == {file.name for file in out.glob("*.safetensors")}
     assert manifest["versions"].keys() == {"moeprune", "python", "torch", "transformers", "safetensors"}
     assert manifest["versions"]["moeprune"] == moeprune.__version__
     assert manifest["sizes"] == summary.to_json()["sizes"]
@@ -201,6 +210,12 @@ def test_the_summary_counts_tensors(tmp_path):
     assert summary.tensors_dropped == 2 * 3 * 3  # three experts of two layers, three projections each
     assert summary.tensors_sliced == 2  # routers
     assert summary.tensors_kept == stored - 2 - 18
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert summary.bytes_dropped == sum(map(len, before.values())) - sum(map(len, after.values()))
+    routers = [len(data) for name, data in after.items() if name.endswith("mlp.gate.weight")]
+    assert summary.bytes_sliced == sum(routers)
+    assert summary.bytes_kept == sum(map(len, after.values())) - sum(routers)
+    assert summary.files == {"model.safetensors": (tmp_path / "out" / "model.safetensors").stat().st_size}
     json.dumps(summary.to_json())
 
 
@@ -218,6 +233,152 @@ def test_the_source_is_only_read(tmp_path):
     before = all_bytes(source)
     export(source, tmp_path / "out")
     assert all_bytes(source) == before
+
+
+# Files, shards and file systems
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a folder, read by the safetensors library."""
+    return {
+        name: tensor.numpy().tobytes()
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("limit", ["15KB", "70kb", "1GB"])
+def test_shards_of_another_size_hold_the_same_tensors(tmp_path, limit):
+    source = save("mixtral", tmp_path / "source", shard="40KB")
+    export(source, tmp_path / "as-is"), export(source, tmp_path / "out", max_shard_size=limit)
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "as-is")
+    assert all(check.passed for check in verify_checkpoint(tmp_path / "out", quiet=True))
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert max(sizes) < parse_size(limit) + 10_000, "a header more than the tensors"
+
+
+def test_the_index_keeps_what_the_source_says_and_counts_anew(tmp_path):
+    source = save("mixtral", tmp_path / "source", shard="40KB")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    assert "total_parameters" in index["metadata"]
+    index["metadata"]["quantised_by"] = "nobody"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    summary = export(source, tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    tensors = tensors_of(tmp_path / "out")
+    assert after["metadata"] == {
+        "total_size": sum(map(len, tensors.values())),
+        "total_parameters": sum(map(len, tensors.values())) // 4,
+        "quantised_by": "nobody",
+    }
+    assert summary.sizes.parameters_after == after["metadata"]["total_parameters"]
+    assert after["weight_map"].keys() == tensors.keys()
+
+
+def all_experts(source: Path) -> Plan:
+    """A plan that changes the number of active experts alone, so that all weights stay as they are."""
+    facts = open_source(source).facts
+    return random_plan(facts, keep=facts.num_experts, top_k=1)
+
+
+@pytest.mark.parametrize("shard", ["50GB", "40KB"])
+@pytest.mark.parametrize("link", [False, True])
+def test_untouched_files_are_copied_whole_and_linked_only_if_asked(tmp_path, shard, link):
+    """A linked file shares its bytes with the source: whoever edits one in place changes both."""
+    source, out = save("mixtral", tmp_path / "source", shard=shard), tmp_path / "out"
+    export_checkpoint(source, plan=all_experts(source), out=out, quiet=True, link=link)
+    for file in source.glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+        assert ((out / file.name).stat().st_ino == file.stat().st_ino) is link
+    assert all(check.passed for check in verify_checkpoint(out, quiet=True))
+
+
+def test_a_link_goes_to_the_file_and_not_to_a_link_in_a_download_cache(tmp_path):
+    blobs = save("mixtral", tmp_path / "blobs")
+    shutil.copytree(blobs, tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    (tmp_path / "source" / "model.safetensors").symlink_to(blobs / "model.safetensors")
+    export_checkpoint(tmp_path / "source", plan=all_experts(blobs), out=tmp_path / "out", quiet=True, link=True)
+    linked = tmp_path / "out" / "model.safetensors"
+    assert not linked.is_symlink()
+    assert linked.stat().st_ino == (blobs / "model.safetensors").stat().st_ino
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])
+def test_where_nothing_can_be_linked_it_is_copied(tmp_path, monkeypatch, number):
+    source, out = save("mixtral", tmp_path / "source"), tmp_path / "out"
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    export_checkpoint(source, plan=all_experts(source), out=out, quiet=True, link=True)
+    assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_changed_files_are_never_linked(tmp_path):
+    source = save("mixtral", tmp_path / "source")
+    before = all_bytes(source)
+    export(source, tmp_path / "out", link=True)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 1
+    assert all_bytes(source) == before
+
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.mark.skipif(not os.access(MEMORY, os.W_OK), reason="no second file system at hand")
+@pytest.mark.parametrize("link", [False, True])
+def test_a_target_on_another_file_system(tmp_path, link):
+    source = save("mixtral", tmp_path / "source", shard="40KB")
+    if source.stat().st_dev == MEMORY.stat().st_dev:
+        pytest.skip("the temporary folder is in memory, too")
+    export(source, tmp_path / "here")
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        export(source, Path(folder) / "here", link=link)
+        assert all_bytes(Path(folder) / "here") == all_bytes(tmp_path / "here")
+
+
+@pytest.fixture
+def sparse(tmp_path) -> Path:
+    """A checkpoint of 20 MB of which only the header is stored: a rehearsal of one that would not fit the disk."""
+    folder = tmp_path / "sparse"
+    config = FAMILIES["mixtral"]()
+    config.hidden_size, config.intermediate_size = 256, 512
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    size, start = file.stat().st_size, min(tensor.start for tensor in read_header(file)[0].values())
+    os.truncate(file, start)
+    os.truncate(file, size)
+    if not is_sparse(file.stat()):
+        pytest.skip("this file system stores zeros")
+    return folder
+
+
+def test_a_sparse_checkpoint_gives_a_sparse_checkpoint(sparse, tmp_path):
+    summary = export(sparse, tmp_path / "out")
+    written = tmp_path / "out" / "model.safetensors"
+    assert written.stat().st_size == summary.files["model.safetensors"] > 10_000_000
+    assert written.stat().st_blocks * 512 < 500_000
+    assert not any(any(data) for data in tensors_of(tmp_path / "out").values())
+
+
+def test_a_sparse_checkpoint_needs_only_the_space_that_it_stores(sparse, tmp_path, monkeypatch):
+    assert bytes_asked_for(sparse, tmp_path / "out", monkeypatch) < 500_000
+    dense = tmp_path / "dense"
+    shutil.copytree(sparse, dense)
+    (dense / "model.safetensors").write_bytes((sparse / "model.safetensors").read_bytes())
+    written = sum(map(len, tensors_of(sparse).values()))
+    assert written / 2 < bytes_asked_for(dense, tmp_path / "out", monkeypatch) < written
+
+
+def bytes_asked_for(source: Path, out: Path, monkeypatch) -> int:
+    """The bytes that an export asks of the disk."""
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "check_space", lambda out, needed, **rest: asked.append(needed))
+        export(source, out, dry_run=True)
+    return asked[0]
 
 
 # What is refused
@@ -280,25 +441,13 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     source, out = save("mixtral", tmp_path / "source"), tmp_path / "new" / "out"
     usage = namedtuple("usage", "total used free")
     asked = []
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: asked.append(path) or usage(9, 9, 2048))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(9, 9, 2048))
     needed = 4 * (2 * (4 * 3 * 32 * 24 + 4 * 32) + 2 * 97 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 32) + 32)
     assert refusal(source, out) == f"{out}: needs {needed / 1024:.3g} KiB, only 2 KiB are free on that disk."
     assert asked == [tmp_path]
     assert not out.parent.exists()
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: usage(9, 9, needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, needed))
     export(source, out)
-
-
-def test_a_quantised_source(tmp_path):
-    source = save("mixtral", tmp_path / "source")
-    plan = plan_for(source, "mixtral")
-    edit_config(source, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(UnsupportedModelError) as error:
-        export_checkpoint(source, plan=plan, out=tmp_path / "out", quiet=True)
-    assert str(error.value) == (
-        f"{source}: stored quantised (mxfp4). Pruning quantised checkpoints is not supported yet; "
-        "prune the unquantised checkpoint and quantise the result."
-    )
 
 
 def test_a_plan_for_other_weights_of_the_same_shape(tmp_path):
@@ -327,16 +476,16 @@ def test_an_export_killed_between_shards_leaves_nothing_that_looks_like_a_checkp
 
     real, written = shards._write_shard, []
 
-    def die_at_the_second(*args):
+    def die_at_the_second(shard, path, *args):
         if written:
             raise Killed
-        written.append(args[0])
-        real(*args)
+        written.append(path)
+        return real(shard, path, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_write_shard", die_at_the_second)
         with pytest.raises(Killed):
-            export(source, out)
+            export(source, out, jobs=1)
     partial = tmp_path / "out.partial"
     assert not out.exists()
     assert list(partial.glob("*.safetensors")) == written
