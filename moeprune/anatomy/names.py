@@ -17,8 +17,7 @@ TOP_K = (
     "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
 )  # fmt: skip
 N_GROUP = ("n_group", "num_expert_group")
-# What runtimes read where transformers itself writes only the canonical name. transformers 4 reads `num_experts` of a
-# Qwen3-MoE and assumes 128 where it is missing, which is a wrong model, not an error.
+NUM_MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules")
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,18 @@ class ConfigField:
 
     Attributes:
         path: Keys from the root of config.json to the object that holds it: ``()`` or ``("text_config",)``.
-        name: The name that the config class stores it under.
+        name: The name that the config class stores it under; ``""`` where the number is not in the config but in the
+            model's code.
         aliases: All names that mean the same number, ``name`` included.
         value: Its value.
+        fixed: Whether the model's code leaves no choice of the number, whatever the config says.
     """
 
     path: tuple[str, ...]
     name: str
     aliases: tuple[str, ...]
     value: int
+    fixed: bool = False
 
     def within(self, config: dict[str, Any]) -> dict[str, Any]:
         """The object of a config.json that holds the number."""
@@ -55,8 +57,10 @@ class ConfigField:
 
     def write(self, config: dict[str, Any], value: int) -> None:
         """Set the number in a config.json in place, under every name, so that all readers agree."""
+        held = self.within(config)
         for name in self.names_in(config, self.value):
-            self.within(config)[name] = value
+            before = held.get(name)
+            held[name] = [value] * len(before) if isinstance(before, list) else value
 
 
 def text_config_of(config: Any) -> tuple[tuple[str, ...], Any]:
@@ -65,29 +69,49 @@ def text_config_of(config: Any) -> tuple[tuple[str, ...], Any]:
     Args:
         config: A ``PreTrainedConfig``.
     """
+    if config.is_encoder_decoder and not hasattr(config, "text_config"):
+        return (), config  # get_text_config would give a copy, to which nothing can be written
     text = config.get_text_config(decoder=True)
-    if text is config:
-        return (), config
-    for key, value in vars(config).items():
-        if value is text:
-            return (key,), text
-    raise UnsupportedModelError(
-        f"{config.model_type}: its text config is a copy that cannot be edited (an encoder-decoder model). "
-        "moeprune prunes decoder models."
-    )
+    path = _path_to(text, config)
+    if path is None:
+        raise UnsupportedModelError(f"{config.model_type}: its text config is a copy that cannot be edited.")
+    return path, text
+
+
+def _path_to(part: Any, config: Any) -> tuple[str, ...] | None:
+    if part is config:
+        return ()
+    for key in getattr(config, "sub_configs", ()):
+        value = getattr(config, key, None)
+        rest = None if value is None else _path_to(part, value)
+        if rest is not None:
+            return (key, *rest)
+    return None
 
 
 def find_field(config: Any, names: tuple[str, ...]) -> ConfigField | None:
-    """The first of ``names`` that the model's config knows as a positive whole number, or None."""
+    """The first of ``names`` that the model's config knows as a positive whole number, or None.
+
+    The language model's config is searched, then the configs inside it (DBRX keeps its experts in ``ffn_config``).
+    """
     path, text = text_config_of(config)
-    attribute_map = getattr(text, "attribute_map", {})
-    for name in names:
-        canonical = attribute_map.get(name, name)
-        value = getattr(text, canonical, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            mapped = tuple(alias for alias, target in attribute_map.items() if target == canonical and alias in names)
-            return ConfigField(path, canonical, (canonical, *mapped), value)
+    inner = [((*path, key), getattr(text, key, None)) for key in getattr(text, "sub_configs", ())]
+    for where, holder in [(path, text), *inner]:
+        attribute_map = getattr(holder, "attribute_map", {})
+        for name in names:
+            canonical = attribute_map.get(name, name)
+            value = _count(getattr(holder, canonical, None))
+            if value is not None:
+                aliases = (alias for alias, target in attribute_map.items() if target == canonical and alias in names)
+                return ConfigField(where, canonical, (canonical, *aliases), value)
     return None
+
+
+def _count(value: Any) -> int | None:
+    """A positive whole number, or None; a list with the same number for every layer counts as one (Hunyuan-A13B)."""
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def groups_of(config: Any) -> tuple[int, int]:
@@ -98,3 +122,9 @@ def groups_of(config: Any) -> tuple[int, int]:
     if field is None or field.value == 1 or getattr(text, "topk_method", None) == "greedy":
         return 1, 1
     return field.value, int(getattr(text, "topk_group", None) or field.value)
+
+
+def group_score_of(config: Any) -> str:
+    """What a group-limited router ranks its groups by: ``"max"`` in DeepSeek-V2's method, ``"top2"`` in all others."""
+    _, text = text_config_of(config)
+    return "max" if getattr(text, "topk_method", None) == "group_limited_greedy" else "top2"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from moeprune.anatomy.config_checks import check_spellings, known_as
 from moeprune.anatomy.names import ConfigField
+from moeprune.checkpoint.classes import model_class
 from moeprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ def load_config(path: Path) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModelError(f"{path / 'config.json'}: no model_type, so the architecture is unknown.")
+    check_spellings(raw, path / "config.json")
+    model_type = known_as(raw) or model_type
     if model_type not in CONFIG_MAPPING:
         hint = did_you_mean(model_type, CONFIG_MAPPING.keys()).partition(" Known:")[0]
         hint = f"{hint} " if hint.startswith("Did") else ""
@@ -39,29 +43,11 @@ def load_config(path: Path) -> PreTrainedConfig:
             "Update transformers; models that need remote code are not supported."
         )
     try:
+        if model_type != raw["model_type"]:
+            return CONFIG_MAPPING[model_type].from_dict(raw | {"model_type": model_type})
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / 'config.json'}: refused by transformers: {error}") from error
-
-
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that ``from_pretrained`` would load: the config's first architecture, else its causal language model.
-
-    Raises:
-        UnsupportedModelError: If there is neither.
-    """
-    import transformers
-
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
-        if found is not None:
-            return found
-    mapping: Any = transformers.AutoModelForCausalLM._model_mapping
-    if type(config) in mapping:
-        return mapping[type(config)]
-    raise UnsupportedModelError(
-        f"{config.model_type}: transformers has no language model for it (architectures: {config.architectures})."
-    )
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -72,8 +58,10 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def with_value(config: PreTrainedConfig, field: ConfigField, value: int) -> PreTrainedConfig:
-    """A copy of ``config`` in which one number differs."""
+    """A copy of ``config`` in which one number differs; the same where the number is not in the config."""
     changed = copy.deepcopy(config)
+    if not field.name:
+        return changed
     target = changed
     for key in field.path:
         target = getattr(target, key)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.derive import derive_anatomy
+from moeprune.anatomy.quantization import HF_QUANT_CONFIG, Quantisation, quantisation_of
+from moeprune.anatomy.roles import Role
 from moeprune.anatomy.skeleton import load_config
-from moeprune.anatomy.stored import Role, map_stored
+from moeprune.anatomy.stored import map_stored
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
-from moeprune.errors import UnsupportedModelError
 from moeprune.facts import ModelFacts
+from moeprune.files import read_json
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,16 @@ class Source:
         checkpoint: Its folder, headers read.
         anatomy: Where its experts are.
         roles: The stored tensors that depend on experts.
+        mtp: The stored tensors of multi-token prediction layers.
+        quantisation: How its weights are quantised, if they are.
     """
 
     name: str
     checkpoint: Checkpoint
     anatomy: Anatomy
     roles: dict[str, Role]
+    mtp: frozenset[str] = frozenset()
+    quantisation: Quantisation | None = None
 
     @property
     def path(self) -> Path:
@@ -54,12 +60,8 @@ def open_source(model: str | Path) -> Source:
     """
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
-    quantised = checkpoint.config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise UnsupportedModelError(
-            f"{path}: stored quantised ({method}). Pruning quantised checkpoints is not supported yet; "
-            "prune the unquantised checkpoint and quantise the result."
-        )
+    beside = path / HF_QUANT_CONFIG
+    quantisation = quantisation_of(checkpoint.config, hf_quant_config=read_json(beside) if beside.is_file() else None)
     anatomy = derive_anatomy(load_config(path))
-    return Source(str(model), checkpoint, anatomy, map_stored(anatomy, checkpoint.tensors))
+    stored = map_stored(anatomy, checkpoint.tensors, stored=quantisation.stored if quantisation else None)
+    return Source(str(model), checkpoint, anatomy, stored.roles, stored.mtp, quantisation)

@@ -1,159 +1,170 @@
 """Map the tensors of a checkpoint to the experts they hold.
 
 A checkpoint may store each expert by itself (``experts.7.up_proj.weight``) or all experts of a layer in one tensor,
-under the names of any era; transformers' own key mapping says which tensor of the model a stored key becomes.
+under the names of any era, quantised or not; transformers' own key mapping says which tensor of the model a stored key
+becomes.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moeprune.anatomy.anatomy import Anatomy, ExpertAxis
+from moeprune.anatomy.axes import EXPERT_NUMBER
+from moeprune.anatomy.companions import ExpertPart, expert_dim
+from moeprune.anatomy.complete import Seen, check_complete
+from moeprune.anatomy.quirks.mtp import MtpLayers
+from moeprune.anatomy.quirks.two_towers import other_tower
+from moeprune.anatomy.renamer import Renamed, Renamer, in_loading_order
+from moeprune.anatomy.roles import AllExperts, ExpertIds, OneExpert, Role, Towers
 from moeprune.checkpoint.header import TensorInfo
-from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.errors import UnsupportedModelError
 
-EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
-ROUTED_EXPERTS = re.compile(r"(?:^|\.)experts\.")
+if TYPE_CHECKING:
+    from moeprune.anatomy.formats import StoredFormat
 
-
-@dataclass(frozen=True, slots=True)
-class OneExpert:
-    """A tensor of one expert. ``key[start:stop]`` is its number."""
-
-    layer: str
-    expert: int
-    start: int
-    stop: int
-
-    def renumbered(self, key: str, expert: int) -> str:
-        """``key`` with another expert number."""
-        return f"{key[: self.start]}{expert}{key[self.stop :]}"
+ROUTED_EXPERTS = re.compile(r"(?:^|\.)experts?\.")
 
 
-@dataclass(frozen=True, slots=True)
-class AllExperts:
-    """A tensor with all experts of a layer along ``dim``."""
+@dataclass
+class StoredMap:
+    """What the stored tensors of a checkpoint are.
 
-    layer: str
-    dim: int
+    Attributes:
+        roles: Those that depend on the experts; all others are to be kept as they are.
+        mtp: Those of multi-token prediction layers, with experts or not.
+    """
+
+    roles: dict[str, Role] = field(default_factory=dict)
+    mtp: frozenset[str] = frozenset()
 
 
-Role = OneExpert | AllExperts
-
-
-def map_stored(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Role]:
-    """The role of every stored tensor that depends on the experts; all others are to be kept as they are.
+def map_stored(anatomy: Anatomy, tensors: Mapping[str, TensorInfo], *, stored: StoredFormat | None = None) -> StoredMap:
+    """Say what every stored tensor is.
 
     Args:
         anatomy: The model.
         tensors: The tensors of a checkpoint, by stored key.
+        stored: The quantised format that it is stored in, if any.
 
     Raises:
         CheckpointError: If experts or other tensors of the model are missing from the checkpoint.
-        UnsupportedModelError: If the checkpoint holds experts that the model does not have (MTP layers), or stores an
-            expert axis in another way than the model.
+        UnsupportedModelError: If the checkpoint holds experts that the model does not have, or stores an expert axis in
+            another way than the model.
     """
-    rename = _Renamer(anatomy)
-    roles: dict[str, Role] = {}
-    seen: dict[tuple[str, str], set[int]] = defaultdict(set)  # (tensor of the model, stored pattern) -> experts
-    elements: Counter[str] = Counter()  # by tensor of the model
-    for key, info in tensors.items():
-        name, is_pattern = rename(key)
-        axis = anatomy.axes.get(name)
-        number = EXPERT_NUMBER.search(key)
-        elements[name] += info.numel
-        if axis is None:
-            if name not in rename.known and (number or ROUTED_EXPERTS.search(key)):
+    return _Mapper(anatomy, tensors, stored).map()
+
+
+def model_names(
+    anatomy: Anatomy, tensors: Mapping[str, TensorInfo], *, stored: StoredFormat | None = None
+) -> dict[str, str]:
+    """The tensor of the model that each stored tensor becomes, becomes a part of, or accompanies."""
+    rename = Renamer(anatomy)
+    names = {}
+    for key in in_loading_order(tensors):
+        name = rename(key).name
+        companion = stored.companion(key) if stored and name not in rename.known else None
+        names[key] = rename(companion.base).name if companion else name
+    return names
+
+
+class _Mapper:
+    def __init__(self, anatomy: Anatomy, tensors: Mapping[str, TensorInfo], stored: StoredFormat | None):
+        self.anatomy, self.tensors, self.stored = anatomy, tensors, stored
+        self.rename = Renamer(anatomy)
+        self.num_experts = anatomy.num_experts.value
+        self.seen = Seen(next(iter(tensors.values())).file.parent, quantised=stored)
+        self.roles: dict[str, Role] = {}
+
+    def map(self) -> StoredMap:
+        unknown = [key for key in in_loading_order(self.tensors) if not self._map_known(key)]
+        mtp = MtpLayers.find(self.anatomy, unknown, self.roles)
+        for key in unknown:
+            if key in mtp.keys:
+                continue
+            if ROUTED_EXPERTS.search(key):
                 raise UnsupportedModelError(
-                    f"{info.file.parent}: {key!r} belongs to experts that transformers does not load "
-                    "(multi-token prediction layers or a quantised format). Pruning such checkpoints is not "
-                    "supported yet."
+                    f"{self.tensors[key].file.parent}: {key!r} belongs to experts that transformers does not load. "
+                    "Pruning such checkpoints is not supported."
                 )
-            seen[name, key] = set()
-        elif is_pattern and number:
-            role = OneExpert(axis.layer, int(number.group()), *number.span())
-            roles[key] = role
-            seen[name, role.renumbered(key, -1)].add(role.expert)
-        else:
-            roles[key] = _checked(anatomy, axis, info)
-            seen[name, key] = set(range(anatomy.num_experts.value))
-    _check_complete(anatomy, seen, elements, next(iter(tensors.values())).file.parent)
-    return roles
+        self.roles |= mtp.roles(self.tensors, num_experts=self.num_experts, stored=self.stored)
+        check_complete(self.anatomy, self.seen)
+        return StoredMap({key: self.roles[key] for key in self.tensors if key in self.roles}, frozenset(mtp.keys))
 
+    def _map_known(self, key: str) -> bool:
+        """Note the role of a tensor of the model, a part of one or its companion; False if the key is none of them."""
+        renamed = self.rename(key)
+        info = self.tensors[key]
+        if renamed.name in self.rename.known:
+            self._note(key, info, renamed)
+            return True
+        companion = self.stored.companion(key) if self.stored else None
+        if companion is None:
+            return False
+        renamed = self.rename(companion.base)
+        if renamed.name not in self.rename.known:
+            return False
+        self._note_companion(key, info, renamed, companion)
+        return True
 
-def model_names(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The tensor of the model that each stored tensor becomes (or a part of it)."""
-    rename = _Renamer(anatomy)
-    return {key: rename(key)[0] for key in tensors}
+    def _note(self, key: str, info: TensorInfo, renamed: Renamed) -> None:
+        name = renamed.name
+        own, axis = self.anatomy.own.get(name), self.anatomy.axes.get(name)
+        role: Role | None = None
+        if own is not None:
+            role = self._one_expert(key, name, own.layer, own.expert)
+        elif name in self.anatomy.expert_ids:
+            role = ExpertIds(self.anatomy.expert_ids[name])
+        elif axis is not None and renamed.one_of_many and EXPERT_NUMBER.search(key):
+            role = self._one_expert(key, name, axis.layer)
+        elif axis is not None:
+            role = self._all_experts(info, axis, renamed)
+        self.seen.add(self.anatomy, name, key, info, role, part="weight")
+        self.seen.names.update(renamed.others)
+        if role is not None:
+            self.roles[key] = role
 
+    def _one_expert(self, key: str, name: str, layer: str, expert: int | None = None) -> OneExpert:
+        number = EXPERT_NUMBER.search(key)
+        assert number is not None, f"{key!r} has no expert number"
+        expert = int(number.group(1)) if expert is None else expert
+        vision = other_tower(name, self.anatomy)
+        if vision is not None and expert >= self.num_experts:
+            return OneExpert(self.anatomy.axes[vision].layer, expert - self.num_experts, *number.span(1), tower=1)
+        return OneExpert(layer, expert, *number.span(1))
 
-def _checked(anatomy: Anatomy, axis: ExpertAxis, info: TensorInfo) -> AllExperts:
-    in_memory = anatomy.skeleton.state_dict()[axis.name].shape
-    if len(info.shape) != len(in_memory) or info.shape[axis.dim] != in_memory[axis.dim]:
-        raise UnsupportedModelError(
-            f"{info.file}: {info.name!r} is stored as {list(info.shape)}, the model has {list(in_memory)} with the "
-            f"experts on axis {axis.dim}. This layout is not supported."
-        )
-    return AllExperts(axis.layer, axis.dim)
-
-
-def _check_complete(
-    anatomy: Anatomy, seen: Mapping[tuple[str, str], set[int]], elements: Mapping[str, int], folder: Path
-) -> None:
-    stored = {name for name, _ in seen}
-    by_identity: dict[int, set[str]] = defaultdict(set)
-    for name, tensor in anatomy.skeleton.state_dict(keep_vars=True).items():
-        by_identity[id(tensor)].add(name)
-    for names in by_identity.values():  # tied tensors share one stored copy
-        if not names & stored:
-            raise CheckpointError(
-                f"{folder}: no stored tensor for {min(names)!r} of the model. Download the checkpoint again."
+    def _all_experts(self, info: TensorInfo, axis: ExpertAxis, renamed: Renamed) -> Role:
+        in_memory = tuple(self.rename.known[axis.name].shape)
+        vision = other_tower(axis.name, self.anatomy)
+        if vision is not None and info.shape == (2, *in_memory[1:]):
+            return Towers((axis.layer, self.anatomy.axes[vision].layer), axis.dim)
+        dim = axis.dim
+        if renamed.swapped and dim in renamed.swapped:
+            dim = renamed.swapped[1 - renamed.swapped.index(dim)]
+        if len(info.shape) != len(in_memory) or info.shape[dim] != in_memory[axis.dim]:
+            raise UnsupportedModelError(
+                f"{info.file}: {info.name!r} is stored as {list(info.shape)}, the model has {list(in_memory)} with the "
+                f"experts on axis {axis.dim}. This layout is not supported."
             )
-    for (name, pattern), experts in seen.items():
-        if name not in anatomy.axes:
-            continue
-        lacking = set(range(anatomy.num_experts.value)) - experts
-        if lacking:
-            raise CheckpointError(
-                f"{folder}: {len(lacking)} of {anatomy.num_experts.value} experts are missing from "
-                f"{pattern.replace('-1', '*')!r}, first expert {min(lacking)}. Download the checkpoint again."
-            )
-        if max(experts) >= anatomy.num_experts.value:
-            raise CheckpointError(
-                f"{folder}: {pattern.replace('-1', '*')!r} has an expert {max(experts)}, but the config says "
-                f"{anatomy.num_experts.value} experts."
-            )
-    # Several stored tensors may become one (gate and up projections), so that names alone do not show that one is gone.
-    for name, tensor in anatomy.skeleton.state_dict().items():
-        if name in anatomy.axes and elements[name] != tensor.numel():
-            raise CheckpointError(
-                f"{folder}: the stored tensors that become {name!r} have {elements[name]} elements, the model has "
-                f"{tensor.numel()}. Download the checkpoint again."
-            )
+        return AllExperts(axis.layer, dim, axis.rows, axis.extra)
+
+    def _note_companion(self, key: str, info: TensorInfo, renamed: Renamed, companion) -> None:
+        name = renamed.name
+        axis, own = self.anatomy.axes.get(name), self.anatomy.own.get(name)
+        role: Role | None = None
+        if own is not None:
+            role = self._one_expert(key, name, own.layer, own.expert)
+        elif axis is not None and renamed.one_of_many and EXPERT_NUMBER.search(key):
+            role = self._one_expert(key, name, axis.layer)
+        elif axis is not None:
+            dim = expert_dim(key, shape=info.shape, companion=companion, num_experts=self.num_experts)
+            role = None if dim is None else AllExperts(axis.layer, dim)
+        self.seen.add(self.anatomy, name, companion.base, info, role, part=companion.part)
+        if role is not None:
+            self.roles[key] = role
 
 
-class _Renamer:
-    """Stored key -> (name in the model, whether the key is one of many that become that tensor)."""
-
-    def __init__(self, anatomy: Anatomy):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        model = anatomy.skeleton
-        transforms = get_model_conversion_mapping(model)
-        self.known = model.state_dict()
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._prefix = model.base_model_prefix
-
-    def __call__(self, key: str) -> tuple[str, bool]:
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.known)
-        if name not in self.known and key in self.known:
-            return key, False  # the loader, too, leaves a key alone that already is a name of the model
-        return name, pattern is not None and "*" in pattern
+__all__ = ["AllExperts", "ExpertPart", "OneExpert", "Role", "StoredMap", "map_stored", "model_names"]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moeprune.anatomy.anatomy import Anatomy
+from moeprune.anatomy.anatomy import Anatomy, kept_runs
 from moeprune.anatomy.pruned_config import prune_config
+from moeprune.anatomy.quirks.expert_ids import remap_expert_ids
 from moeprune.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -50,12 +51,22 @@ def apply_plan(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> PreTr
 def pruned_state(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> dict[str, Tensor]:
     """The state dict of the pruned model: kept slices of the tensors with an expert axis, all others as they are."""
     keep = plan.keep
+    position = {layer: {expert: new for new, expert in enumerate(ids)} for layer, ids in keep.items()}
+    before = anatomy.num_experts.value
     state = {}
     for name, tensor in model.state_dict().items():
-        axis = anatomy.axes.get(name)
-        if axis is not None and len(keep[axis.layer]) < tensor.shape[axis.dim]:
-            index = torch.tensor(keep[axis.layer], device=tensor.device)
-            tensor = tensor.index_select(axis.dim, index)
+        axis, own = anatomy.axes.get(name), anatomy.own.get(name)
+        if own is not None:
+            if own.expert in position[own.layer]:
+                state[own.renumbered(position[own.layer][own.expert])] = tensor
+            continue
+        if axis is not None and len(keep[axis.layer]) < before:
+            runs = kept_runs(keep[axis.layer], num_experts=before, rows=axis.rows, extra=axis.extra)
+            tensor = torch.cat([tensor.narrow(axis.dim, start, stop - start) for start, stop in runs], dim=axis.dim)
+        elif name in anatomy.expert_ids:
+            ids = keep[anatomy.expert_ids[name]]
+            table = remap_expert_ids(tensor.cpu().numpy(), keep=ids, num_experts=before, top_k=plan.top_k)
+            tensor = torch.from_numpy(table).to(tensor.device)
         state[name] = tensor
     return state
 

@@ -43,8 +43,10 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
         CheckpointError: If it does not load without a remark.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
+
+    from moeprune.checkpoint.classes import model_class
 
     if dtype not in DTYPES:
         raise MoePruneError(f"unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
@@ -52,8 +54,10 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
     logging.set_verbosity_error()  # what matters of its report is raised below
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        loaded: Any = model_class(config).from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             device_map=choose_device(device),
             local_files_only=True,

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from moeprune.anatomy.anatomy import MoeLayer
-from moeprune.anatomy.derive import decoder_layer_of, derive_anatomy
+from moeprune.anatomy.axes import decoder_layer_of
+from moeprune.anatomy.derive import derive_anatomy
 from moeprune.anatomy.names import ConfigField, find_field, groups_of
 from moeprune.anatomy.pruned_config import prune_config, prune_config_json
 from moeprune.anatomy.skeleton import load_config, model_class

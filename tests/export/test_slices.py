@@ -28,7 +28,13 @@ def info(name: str, shape: tuple[int, ...], start: int = 0, *, dtype: str = "F32
 def a_plan(keep: dict[str, tuple[int, ...]], *, num_experts: int, top_k: int = 1, mtp: str = "prune") -> Plan:
     """A plan that is not checked: layers may keep different numbers of experts."""
     facts = ModelFacts(
-        name="m", model_type="t", fingerprint="f", layers=tuple(keep), num_experts=num_experts, top_k=2, routing=Routing()
+        name="m",
+        model_type="t",
+        fingerprint="f",
+        layers=tuple(keep),
+        num_experts=num_experts,
+        top_k=2,
+        routing=Routing(),
     )
     layers = tuple(LayerPlan(layer=name, keep=ids) for name, ids in keep.items())
     kept = max(map(len, keep.values()), default=0)
@@ -61,7 +67,9 @@ def test_a_slice_is_what_numpy_takes_along_any_axis(selection):
 def test_slices_planned_for_a_fused_tensor_have_the_shape_that_numpy_gives(selection):
     shape, dim, keep, dtype, start = selection
     source = info("w", shape, start, dtype=dtype)
-    (output,) = plan_outputs({"w": source}, roles={"w": AllExperts("layer", dim)}, plan=a_plan({"layer": keep}, num_experts=shape[dim]))[FILE]
+    (output,) = plan_outputs(
+        {"w": source}, roles={"w": AllExperts("layer", dim)}, plan=a_plan({"layer": keep}, num_experts=shape[dim])
+    )[FILE]
     assert output.shape == np.take(np.zeros(shape), keep, axis=dim).shape
     assert sum(r.end - r.start for r in output.ranges()) == output.num_bytes
 

@@ -1,0 +1,124 @@
+"""Whether a checkpoint holds every tensor of the model, and every expert of each."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeprune.anatomy.companions import ExpertPart, check_companions
+from moeprune.anatomy.quirks.two_towers import other_tower
+from moeprune.anatomy.roles import OneExpert, Role, Towers
+from moeprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from moeprune.anatomy.anatomy import Anatomy
+    from moeprune.anatomy.formats import StoredFormat
+    from moeprune.checkpoint.header import TensorInfo
+
+
+@dataclass
+class Seen:
+    """What of the model was found in a checkpoint.
+
+    Attributes:
+        folder: The checkpoint, for errors.
+        quantised: The quantised format that it is stored in, if any.
+        names: Tensors of the model.
+        experts: Expert ids by (tensor of the model, stored pattern).
+        elements: Stored elements by tensor of the model.
+        parts: Stored tensors of experts' weights.
+    """
+
+    folder: Path
+    quantised: StoredFormat | None = None
+    names: set[str] = field(default_factory=set)
+    experts: dict[tuple[str, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+    elements: Counter[str] = field(default_factory=Counter)
+    parts: list[ExpertPart] = field(default_factory=list)
+
+    def add(self, anatomy: Anatomy, name: str, key: str, info: TensorInfo, role: Role | None, *, part: str) -> None:
+        """Note one stored tensor.
+
+        Args:
+            anatomy: The model.
+            name: The tensor of the model that it becomes a part of.
+            key: Its stored key; for a companion the key of the weight that it accompanies.
+            info: Its header entry.
+            role: Its role.
+            part: ``weight``, or which companion of the weight it is.
+        """
+        twin = other_tower(name, anatomy)
+        if isinstance(role, OneExpert):
+            name = twin if twin and role.tower else name
+            pattern = role.renumbered(key, -1)
+            self.experts[name, pattern].add(role.expert)
+            weight = f"{pattern.replace('-1', '*', 1)}{f' (tower {role.tower})' if role.tower else ''}"
+            self.parts.append(ExpertPart(weight, role.expert, part, info.dtype))
+        elif role is not None and self.quantised and name in anatomy.axes:
+            self.parts.append(ExpertPart(key, None, part, info.dtype))
+        self.names.add(name)
+        if isinstance(role, Towers) and twin:
+            self.names.add(twin)
+            self.elements[twin] += info.numel // 2
+            self.elements[name] -= info.numel // 2
+        if part == "weight":
+            self.elements[name] += info.numel
+
+
+def check_complete(anatomy: Anatomy, seen: Seen) -> None:
+    """Refuse a checkpoint that lacks a part of the model.
+
+    Raises:
+        CheckpointError: What is missing.
+    """
+    _check_names(anatomy, seen)
+    _check_experts(anatomy, seen)
+    if seen.quantised:
+        where = str(seen.folder)
+        # A tensor of all experts that nothing accompanies is a router or a bias, which is not quantised.
+        accompanied = {part.weight for part in seen.parts if part.part != "weight"}
+        expert_weights = [part for part in seen.parts if part.expert is not None or part.weight in accompanied]
+        check_companions(expert_weights, stored=seen.quantised, num_experts=anatomy.num_experts.value, where=where)
+        return
+    # Several stored tensors may become one (gate and up projections), so that names alone do not show that one is gone.
+    for name, tensor in anatomy.skeleton.state_dict().items():
+        axis = anatomy.axes.get(name)
+        if axis is None or (axis.extra and any(key == name for key, _ in seen.experts)):
+            continue
+        if seen.elements[name] != tensor.numel():
+            raise CheckpointError(
+                f"{seen.folder}: the stored tensors that become {name!r} have {seen.elements[name]} elements, the "
+                f"model has {tensor.numel()}. Download the checkpoint again."
+            )
+
+
+def _check_names(anatomy: Anatomy, seen: Seen) -> None:
+    by_identity: dict[int, set[str]] = defaultdict(set)
+    for name, tensor in anatomy.skeleton.state_dict(keep_vars=True).items():
+        by_identity[id(tensor)].add(name)
+    for names in by_identity.values():  # tied tensors share one stored copy
+        if not names & seen.names:
+            raise CheckpointError(
+                f"{seen.folder}: no stored tensor for {min(names)!r} of the model. Download the checkpoint again."
+            )
+
+
+def _check_experts(anatomy: Anatomy, seen: Seen) -> None:
+    count = anatomy.num_experts.value
+    for (name, pattern), experts in seen.experts.items():
+        shown = pattern.replace("-1", "*", 1)
+        lacking = set(range(count)) - experts
+        if name in anatomy.own:
+            continue  # each has a name of its own, and all names were checked
+        if lacking:
+            raise CheckpointError(
+                f"{seen.folder}: {len(lacking)} of {count} experts are missing from {shown!r}, first expert "
+                f"{min(lacking)}. Download the checkpoint again."
+            )
+        extra = anatomy.axes[name].extra
+        if max(experts) >= count + extra:
+            raise CheckpointError(
+                f"{seen.folder}: {shown!r} has an expert {max(experts)}, but the config says {count} experts."
+            )
