@@ -95,10 +95,10 @@ def rule(
 def nearest(facts: DeployFacts, fits: Callable[[int], bool]) -> str:
     """The nearest numbers of experts below and above that fit, for messages: ``"40 or 48"``.
 
-    Above means at most the model's own number before pruning, or 1024 if that is not known.
+    Above means at most the model's own number before pruning, or twice the present one if that is not known.
     """
     below = next((n for n in range(facts.num_experts - 1, 0, -1) if fits(n)), None)
-    above = next((n for n in range(facts.num_experts + 1, (facts.most or 1024) + 1) if fits(n)), None)
+    above = next((n for n in range(facts.num_experts + 1, (facts.most or 2 * facts.num_experts) + 1) if fits(n)), None)
     return " or ".join(str(n) for n in (below, above) if n is not None) or "another model"
 
 

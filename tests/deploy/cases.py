@@ -220,6 +220,7 @@ CASES = [
         config_of(num_hidden_layers=25, q_lora_rank=1536),
     ),
     case("try-a-top-k", "vllm", {}, {"top_k": 1}, "--hf-overrides '{\"num_experts_per_tok\": 7}'"),
+    case("try-a-top-k", "vllm", {"config": {"moe_topk": 8}}, {"top_k": 1}, '{"moe_topk": 7}'),
     case("try-a-top-k", "sglang", {}, {"top_k": 1}, "--json-model-override-args"),
     case("try-a-top-k", "llama.cpp", {}, {"top_k": 1}, "expert_used_count=int:7"),
     case("old-sglang", "sglang", {"n_group": 8, "num_experts": 192}, {"num_experts": 256}, "0.4.3"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from moeprune.anatomy.names import TOP_K
 from moeprune.deploy.facts import DeployFacts
 from moeprune.deploy.rule import INFO, LLAMA_CPP, SGLANG, VLLM, Problem, rule
 from moeprune.deploy.serving import Serving
 
 TRY_TOP_K = {
-    VLLM: "--hf-overrides '{{\"num_experts_per_tok\": {k}}}'",
-    SGLANG: "--json-model-override-args '{{\"num_experts_per_tok\": {k}}}'",
+    VLLM: "--hf-overrides '{{\"{name}\": {k}}}'",
+    SGLANG: "--json-model-override-args '{{\"{name}\": {k}}}'",
     LLAMA_CPP: "--override-kv ARCH.expert_used_count=int:{k}",
 }
 
@@ -22,9 +23,11 @@ def try_a_top_k(facts: DeployFacts, serving: Serving) -> Problem | None:
     assert facts.top_k is not None
     if facts.top_k == 1:
         return None
+    held = facts.config or {}
+    name = next((name for name in TOP_K if name in held), TOP_K[0])
     return Problem(
         f"to try a lower top-k than {facts.top_k} without another export, start {serving.engine} with",
-        TRY_TOP_K[serving.engine].format(k=facts.top_k - 1) + ".",
+        TRY_TOP_K[serving.engine].format(name=name, k=facts.top_k - 1) + ".",
     )
 
 
