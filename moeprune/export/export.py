@@ -13,10 +13,12 @@ from moeprune import __version__
 from moeprune.anatomy.pruned_config import prune_config_json
 from moeprune.anatomy.source import Source, open_source
 from moeprune.checkpoint.folder import INDEX_NAME
+from moeprune.checkpoint.values import check_finite
 from moeprune.export.card import read_card, write_card
 from moeprune.export.journal import JOURNAL, Journal, clear, job_of, locked, read_finished
 from moeprune.export.layout import Shard, lay_out, parse_size
 from moeprune.export.quantization_config import remapped_configs
+from moeprune.export.routers import router_dims
 from moeprune.export.shards import write_index, write_shards
 from moeprune.export.slices import plan_outputs
 from moeprune.export.summary import ExportSummary, manifest, summarise
@@ -68,6 +70,7 @@ def export_checkpoint(
 
     Raises:
         PlanError: If the plan does not fit the model.
+        CheckpointError: If the source is incomplete or damaged, or a router holds NaN.
         ExportError: If ``out`` exists, the disk is too small, or the source's model card cannot be read.
     """
     max_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -90,6 +93,7 @@ def export_checkpoint(
     missing = [shard for shard in shards if shard.name not in finished]
     check_space(out, bytes_to_store(missing), partial=partial, keep=finished)
     source_card = read_card(checkpoint.path / "README.md")
+    check_finite(checkpoint.tensors, expert_dims=router_dims(source))
     if dry_run:
         return summary
     partial.mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,7 @@ def export_checkpoint(
         record = manifest(checkpoint, plan, summary.sizes, origin={}, files=journal.finished)
         write_json(partial / MANIFEST, record)
         for file, text in configs.items():  # config.json last: without it the folder is not a checkpoint
-            write_json(partial / file, text)
+            write_json(partial / file, text, allow_nan=True)  # Nemotron-H's config has an Infinity
         put_in_place(partial, out)
         (out / JOURNAL).unlink()
     return summary
