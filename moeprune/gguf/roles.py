@@ -1,7 +1,7 @@
-"""Which tensors of a GGUF file have an expert axis. It is always the last dimension, so an expert is a run of bytes.
+"""Which tensors of a GGUF file have an expert axis. It is always the outermost, so an expert is a run of bytes.
 
 Names: ``MODEL_TENSORS`` of the gguf package and ``create_tensor`` calls of llama.cpp's ``src/models/``. Experts are
-found by the stem ``_exps`` and the last dimension, not by a list of projections; what looks like a tensor of
+found by the stem ``_exps`` and the outermost dimension, not by a list of projections; what looks like a tensor of
 experts and is not understood is refused by name.
 """
 
@@ -39,9 +39,15 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """A tensor over all experts of a block, experts along its last dimension."""
+    """A tensor over all experts of a block.
+
+    Attributes:
+        block: The block.
+        axis: The dimension of the experts, in ggml's order: the last but for ones (ERNIE stores [experts, 1]).
+    """
 
     block: int
+    axis: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ def _role(tensor: GgufTensor, num_experts: int) -> Role | None:
         dims = ROUTED.get((stem, rest))
     if dims is None:
         return None
-    if len(tensor.ne) != dims or tensor.ne[-1] != num_experts:
+    if len(tensor.ne) < dims or tensor.ne[dims - 1] != num_experts or any(size != 1 for size in tensor.ne[dims:]):
         raise UnsupportedModelError(
             f"{tensor.file}: {tensor.name!r} has dimensions {list(tensor.ne)}, expected {dims} of which the last is "
             f"the {num_experts} experts."
@@ -114,7 +120,7 @@ def _role(tensor: GgufTensor, num_experts: int) -> Role | None:
             f"{tensor.file}: {tensor.name!r} is {tensor.kind.name}: {tensor.kind.block} experts share a block, so that "
             "none can be taken out. Quantise the model again and keep this tensor in F32."
         )
-    return Stacked(int(match["block"]))
+    return Stacked(int(match["block"]), dims - 1)
 
 
 def _check_unrelated(tensor: GgufTensor, blocks: set[int], num_experts: int) -> None:

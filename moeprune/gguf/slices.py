@@ -17,17 +17,20 @@ class OutputTensor:
     Attributes:
         name: Its name in the pruned file.
         source: The stored tensor it is made of.
-        keep: Kept expert ids along the last dimension if it is a slice, else None: the source's bytes as they are.
+        keep: Kept expert ids if it is a slice, else None: the source's bytes as they are.
+        axis: The dimension of the experts of a slice, outermost but for ones.
     """
 
     name: str
     source: GgufTensor
     keep: tuple[int, ...] | None = None
+    axis: int = 0
 
     @property
     def ne(self) -> tuple[int, ...]:
         """Its dimensions in ggml's order."""
-        return self.source.ne if self.keep is None else (*self.source.ne[:-1], len(self.keep))
+        ne = self.source.ne
+        return ne if self.keep is None else (*ne[: self.axis], len(self.keep), *ne[self.axis + 1 :])
 
     @property
     def num_bytes(self) -> int:
@@ -37,7 +40,7 @@ class OutputTensor:
     @property
     def _stride(self) -> int:
         # Rows are whole blocks and the expert axis is outermost, so an expert is a whole number of bytes.
-        stride, rest = divmod(self.source.num_bytes, self.source.ne[-1])
+        stride, rest = divmod(self.source.num_bytes, self.source.ne[self.axis])
         assert rest == 0, f"{self.source.name}: an expert is not a whole number of bytes"
         return stride
 
@@ -65,7 +68,7 @@ def plan_outputs(model: GgufModel, keep: Mapping[int, Sequence[int]]) -> list[Ou
                 new = keep[role.block].index(role.expert)
                 outputs.append(OutputTensor(role.renamed(new), tensor))
         elif isinstance(role, Stacked) and len(keep[role.block]) < model.num_experts:
-            outputs.append(OutputTensor(name, tensor, tuple(keep[role.block])))
+            outputs.append(OutputTensor(name, tensor, tuple(keep[role.block]), role.axis))
         else:
             outputs.append(OutputTensor(name, tensor))
     return outputs

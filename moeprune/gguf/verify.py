@@ -120,11 +120,11 @@ def _tensors(source: GgufModel, plan: Plan, sources: list[GGUFReader], result: G
     compared: set[str] = set()
     total = sum(tensor.n_bytes for tensor in result.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
-        for key, new_key, ids in _expected(source, match_plan(source, plan)):
+        for key, new_key, ids, axis in _expected(source, match_plan(source, plan)):
             old, new = originals[key], written.get(new_key)
             if new is None:
                 return Check(name, False, f"{new_key!r} is missing")
-            if old.tensor_type != new.tensor_type or not _same(old.data, new.data, ids):
+            if old.tensor_type != new.tensor_type or not _same(old.data, new.data, ids, axis):
                 return Check(name, False, f"{new_key!r} differs from {key!r} of the source")
             compared.add(new_key)
             bar.update(new.n_bytes)
@@ -136,21 +136,22 @@ def _tensors(source: GgufModel, plan: Plan, sources: list[GGUFReader], result: G
 
 def _expected(
     source: GgufModel, keep: Mapping[int, tuple[int, ...]]
-) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
-    """(source's name, pruned file's name, ids kept along numpy's first axis or None) for all that must be there."""
-    for name in source.file.tensors:
+) -> Iterator[tuple[str, str, tuple[int, ...] | None, int]]:
+    """(source's name, pruned file's name, kept ids or None, numpy's axis of the experts) for all that must be there."""
+    for name, tensor in source.file.tensors.items():
         role = source.roles.get(name)
         if role is None:
-            yield name, name, None
+            yield name, name, None, 0
         elif not isinstance(role, Single):
-            yield name, name, keep[role.block]
+            yield name, name, keep[role.block], len(tensor.ne) - 1 - role.axis
         elif role.expert in keep[role.block]:
-            yield name, role.renamed(keep[role.block].index(role.expert)), None
+            yield name, role.renamed(keep[role.block].index(role.expert)), None, 0
 
 
-def _same(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any], ids: tuple[int, ...] | None) -> bool:
+def _same(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any], ids: tuple[int, ...] | None, axis: int) -> bool:
     if ids is None:
         return old.shape == new.shape and old.tobytes() == new.tobytes()
-    if new.shape != (len(ids), *old.shape[1:]):
+    if new.shape != (*old.shape[:axis], len(ids), *old.shape[axis + 1 :]):
         return False
-    return all(old[before].tobytes() == new[after].tobytes() for after, before in enumerate(ids))
+    experts, kept = np.moveaxis(old, axis, 0), np.moveaxis(new, axis, 0)
+    return all(experts[before].tobytes() == kept[after].tobytes() for after, before in enumerate(ids))

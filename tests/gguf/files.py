@@ -90,6 +90,12 @@ def deepseek2(b: Builder, i: int) -> None:
     b.add(f"blk.{i}.exp_probs_b.bias", (EXPERTS,))
 
 
+def ernie(b: Builder, i: int) -> None:
+    b.router(i)
+    b.experts(i)
+    b.add(f"blk.{i}.exp_probs_b.bias", (1, EXPERTS))
+
+
 def gpt_oss(b: Builder, i: int) -> None:
     b.router(i)
     b.add(f"blk.{i}.ffn_gate_inp.bias", (EXPERTS,))
@@ -119,6 +125,7 @@ def gemma4(b: Builder, i: int) -> None:
 FAMILIES = {
     "qwen3moe": Family("qwen3moe", "qwen3_moe", qwen3moe, dense=(1,)),
     "deepseek2": Family("deepseek2", "deepseek_v3", deepseek2, dense=(0,), n_group=3),
+    "ernie4_5-moe with a bias of two dimensions": Family("ernie4_5-moe", "ernie4_5_moe", ernie),
     "gpt-oss": Family("gpt-oss", "gpt_oss", gpt_oss, kinds=(T.MXFP4, T.MXFP4, T.MXFP4)),
     "mixtral": Family("llama", "mixtral", qwen3moe, kinds=(T.IQ2_XXS, T.IQ3_S, T.Q3_K)),
     "mixtral, a tensor an expert": Family("llama", "mixtral", old_mixtral),

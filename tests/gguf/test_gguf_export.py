@@ -17,6 +17,7 @@ from moeprune import __version__
 from moeprune.errors import ExportError
 from moeprune.gguf.export import export_gguf
 from moeprune.gguf.file import open_gguf
+from moeprune.gguf.write import BUFFER_BYTES
 from moeprune.plan.plan import Plan
 from tests.gguf.files import (
     BLOCKS,
@@ -41,7 +42,7 @@ EXPERT_NAME = re.compile(r"_exps|ffn_gate_inp\.(weight|bias)|exp_probs_b")
 
 
 def expected_tensors(source: dict[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
-    """What must be left, from dequantised tensors: numpy takes the kept experts along the first axis."""
+    """What must be left, from dequantised tensors: numpy takes the kept experts along the axis of their number."""
     keep = {int(layer.layer.rpartition(".")[2]): list(layer.keep) for layer in plan.layers}
     left = {}
     for name, values in source.items():
@@ -52,7 +53,8 @@ def expected_tensors(source: dict[str, np.ndarray], plan: Plan) -> dict[str, np.
             if int(alone[2]) in ids:
                 left[f"{alone[1]}{ids.index(int(alone[2]))}{alone[3]}"] = values
         else:
-            left[name] = np.take(values, ids, axis=0) if EXPERT_NAME.search(name) else values
+            experts = EXPERT_NAME.search(name) is not None
+            left[name] = np.take(values, ids, axis=values.shape.index(EXPERTS)) if experts else values
     return left
 
 
@@ -243,6 +245,16 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ExportError, match="only 1000 B are free"):
         export_gguf(source, plan=plan_for(QWEN), out=tmp_path / "out.gguf", quiet=True)
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_experts_larger_than_the_buffer_are_whole(tmp_path: Path) -> None:
+    name = "blk.0.ffn_big_exps.weight"
+    source = write_model(tmp_path / "source.gguf", QWEN, edit=lambda b: b.add(name, (EXPERTS, 3072, HIDDEN)))
+    plan = plan_for(QWEN)
+    export_gguf(source, plan=plan, out=tmp_path / "out.gguf", quiet=True)
+    assert 3072 * HIDDEN * 4 > 5 * BUFFER_BYTES
+    before, after = dequantised(GGUFReader(source)), dequantised(GGUFReader(tmp_path / "out.gguf"))
+    assert np.array_equal(after[name], before[name][list(plan.layers[0].keep)])
 
 
 def test_a_source_cut_while_it_is_read_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
