@@ -13,10 +13,9 @@ from typing import Any
 from moeprune import __version__
 from moeprune.anatomy.sizes import PrunedSizes, measure_sizes, pruned_sizes
 from moeprune.anatomy.source import Source
-from moeprune.checkpoint.folder import Checkpoint
+from moeprune.checkpoint.folder import Checkpoint, read_object
 from moeprune.export.layout import Shard
 from moeprune.export.target import MANIFEST
-from moeprune.files import read_json
 from moeprune.plan.plan import Plan
 
 
@@ -87,7 +86,7 @@ def summarise(
         kind = "kept" if tensor.is_copy else "sliced"
         count[kind] += 1
         num_bytes[kind] += tensor.num_bytes
-    sizes = measure_sizes(source.anatomy, source.checkpoint.tensors)
+    sizes = measure_sizes(source.anatomy, source.checkpoint.tensors, quantisation=source.quantisation)
     return ExportSummary(
         source=source.checkpoint.path,
         target=out,
@@ -125,7 +124,6 @@ def manifest(
         origin: Repository and commit of the source, if it came from the Hub.
         files: Size and hash of each safetensors file.
     """
-    earlier = checkpoint.path / MANIFEST
     return {
         "format": 1,
         "source": {"name": plan.model.name, "fingerprint": plan.model.fingerprint, **origin},
@@ -137,5 +135,15 @@ def manifest(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
-        "pruned_before": read_json(earlier) if earlier.is_file() else None,
+        "pruned_before": pruned_before(checkpoint),
     }
+
+
+def pruned_before(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The source's own ``moeprune.json``, if it has one.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    earlier = checkpoint.path / MANIFEST
+    return read_object(earlier, allow_nan=False) if earlier.is_file() else None

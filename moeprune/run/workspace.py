@@ -45,7 +45,8 @@ class Workspace:
     @cached_property
     def sizes(self) -> ModelSizes:
         """Its parameters and bytes."""
-        return measure_sizes(self.source.anatomy, self.source.checkpoint.tensors)
+        source = self.source
+        return measure_sizes(source.anatomy, source.checkpoint.tensors, quantisation=source.quantisation)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
