@@ -13,7 +13,7 @@ from moeprune.cli.options import Force, Json, ModelArgument, Quiet, print_json
 def export(
     model: ModelArgument,
     plan: Annotated[Path, typer.Option(help="A plan of `moeprune plan`.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; of a GGUF file, the file.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -21,8 +21,15 @@ def export(
 ) -> None:
     """Write the slimmed checkpoint by copying bytes; the model is never loaded.
 
+    A GGUF file becomes a GGUF file, quantised as it is; the plan is that of the Hugging Face model it was made from.
+
     Example: `moeprune export demo --plan plan.json --out demo-48x6`
     """
+    if model.endswith(".gguf"):
+        from moeprune.cli.gguf import export_file
+
+        export_file(model, plan=plan, out=out, dry_run=dry_run, force=force, quiet=quiet, as_json=as_json)
+        return
     from moeprune.checkpoint.folder import read_config
     from moeprune.cli.advice import advice
     from moeprune.export.export import export_checkpoint

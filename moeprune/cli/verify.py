@@ -11,7 +11,7 @@ from moeprune.cli.options import Device, Json, Quiet, print_json
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of `moeprune export`.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint or GGUF file of `moeprune export`.")],
     against: Annotated[
         str | None,
         typer.Option(help="The source: a folder, a Hub id or `demo` [default: as recorded in moeprune.json]."),
@@ -27,6 +27,11 @@ def verify(
 
     Example: `moeprune verify demo-48x6 --against demo --plan plan.json`
     """
+    if folder.suffix == ".gguf":
+        from moeprune.cli.gguf import verify_file
+
+        verify_file(folder, against=against, plan=plan, quiet=quiet, as_json=as_json)
+        return
     from moeprune.export.verify import verify_checkpoint
     from moeprune.plan.plan import Plan
 

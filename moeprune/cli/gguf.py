@@ -1,0 +1,49 @@
+"""What ``export`` and ``verify`` do with a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from moeprune.cli.options import print_json
+
+
+def export_file(model: str, *, plan: Path, out: Path, dry_run: bool, force: bool, quiet: bool, as_json: bool) -> None:
+    """Prune a GGUF file and print what was done."""
+    from moeprune.format import count, size
+    from moeprune.gguf.export import export_gguf
+    from moeprune.plan.plan import Plan
+
+    summary = export_gguf(model, plan=Plan.load(plan), out=out, dry_run=dry_run, force=force, quiet=quiet)
+    if as_json:
+        print_json(summary.to_json())
+    elif not quiet:
+        sizes = summary.sizes
+        typer.echo(f"{out}{' (dry run: nothing was written)' if dry_run else ''}")
+        typer.echo(f"  {size(sizes.bytes_before)} -> {size(sizes.bytes_after)}")
+        typer.echo(f"  parameters {count(sizes.parameters_before)} -> {count(sizes.parameters_after)}")
+        typer.echo(f"  active     {count(sizes.active_before)} -> {count(sizes.active_after)}")
+        typer.echo(
+            f"  tensors    {summary.tensors_kept} copied, {summary.tensors_sliced} sliced, "
+            f"{summary.tensors_dropped} dropped"
+        )
+        for warning in summary.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+
+
+def verify_file(path: Path, *, against: str | None, plan: Path | None, quiet: bool, as_json: bool) -> None:
+    """Compare a pruned GGUF file with its source and print the checks; exit status 1 if anything differs."""
+    from moeprune.gguf.verify import verify_gguf
+    from moeprune.plan.plan import Plan
+
+    checks = verify_gguf(path, against=against, plan=Plan.load(plan) if plan else None, quiet=quiet)
+    if as_json:
+        print_json([check.to_json() for check in checks])
+    elif not quiet:
+        for check in checks:
+            typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        typer.echo(f"error: {path}: {failed[0].name}: {failed[0].detail}", err=True)
+        raise typer.Exit(1)
