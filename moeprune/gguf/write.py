@@ -15,7 +15,7 @@ from moeprune.gguf.metadata import Entry, encode_string
 from moeprune.gguf.slices import OutputTensor
 
 # Fits the second-level cache: read and write touch memory once. copy_file_range would gain nothing: experts begin at
-# multiples of 32 bytes, not of a page, so no page can be shared (CPU time for 2 GB: 0.5 to 0.7 s, with it 0.9 to 1.1 s).
+# multiples of 32 bytes, not of a page, so no page can be shared (CPU time of 2 GB: 0.5 to 0.7 s; with it, 0.9 to 1.1).
 BUFFER_BYTES = 512 << 10
 
 Progress = Callable[[int], object]
