@@ -12,9 +12,8 @@ from moeprune.anatomy.quantization import HF_QUANT_CONFIG, Quantisation, quantis
 from moeprune.anatomy.roles import Role
 from moeprune.anatomy.skeleton import load_config
 from moeprune.anatomy.stored import map_stored
-from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
+from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, read_object, resolve_model
 from moeprune.facts import ModelFacts
-from moeprune.files import read_json
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def open_source(model: str | Path) -> Source:
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
     beside = path / HF_QUANT_CONFIG
-    quantisation = quantisation_of(checkpoint.config, hf_quant_config=read_json(beside) if beside.is_file() else None)
+    quantisation = quantisation_of(checkpoint.config, hf_quant_config=read_object(beside) if beside.is_file() else None)
     anatomy = derive_anatomy(load_config(path))
     stored = map_stored(anatomy, checkpoint.tensors, stored=quantisation.stored if quantisation else None)
     return Source(str(model), checkpoint, anatomy, stored.roles, stored.mtp, quantisation)

@@ -115,7 +115,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: no config.json. Give the folder that holds config.json and the safetensors files."
         )
-    return _read_object(file)
+    return read_object(file)
 
 
 def has_weights(path: Path) -> bool:
@@ -180,7 +180,7 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: not a safetensors index with a weight_map. Download it again.")
     for name, file in weight_map.items():
@@ -192,9 +192,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, *, allow_nan: bool = True) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: If the file cannot be read, is not a JSON object, or gives a key twice.
+    """
     try:
-        value = read_json(file)
+        value = read_json(file, allow_nan=allow_nan)
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON ({error}).") from error
     except OSError as error:

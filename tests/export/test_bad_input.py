@@ -159,7 +159,13 @@ def damaged_manifest(folder: Path) -> None:
     (folder / "moeprune.json").write_text("{")
 
 
+def damaged_quantisation(folder: Path) -> None:
+    (folder / "hf_quant_config.json").write_bytes(b"\xff")
+
+
 SINGLE_FILE = [
+    (damaged_manifest, CheckpointError, r"moeprune\.json: not JSON \(Expecting"),
+    (damaged_quantisation, CheckpointError, r"hf_quant_config\.json: not JSON \('utf-8'"),
     (cut, CheckpointError, rf"{SINGLE}: tensor '.*' ends at byte \d+, the file at \d+\. Download it again\."),
     (cut_in_header, CheckpointError, rf"{SINGLE}: not a complete safetensors file \(100 bytes, .*Download it again\."),
     (lengthen, CheckpointError, rf"{SINGLE}: its tensors end at byte \d+, the file at \d+\. Download it again\."),
