@@ -9,22 +9,6 @@ from typing import Any
 from moeprune.anatomy.names import NUM_EXPERTS, TOP_K
 from moeprune.errors import CheckpointError
 
-# Checkpoints whose model_type transformers does not know, or takes for another model, while `architectures` names a
-# class that it has, with the same tensors and the same fields in its config. Kimi-K2's deployment guide says to change
-# the one word where a runtime does not know it; Hunyuan-A13B and MiniMax-M2 changed theirs on the Hub after release.
-SAME_ARCHITECTURE: dict[tuple[str, str], str] = {
-    ("kimi_k2", "DeepseekV3ForCausalLM"): "deepseek_v3",
-    ("hunyuan", "HunYuanMoEV1ForCausalLM"): "hunyuan_v1_moe",
-    ("minimax", "MiniMaxM2ForCausalLM"): "minimax_m2",
-}
-
-
-def known_as(config: Mapping[str, Any]) -> str | None:
-    """The model type under which transformers knows the model of a config.json, if that is another than it says."""
-    architectures = config.get("architectures")
-    first = architectures[0] if isinstance(architectures, list) and architectures else None
-    return SAME_ARCHITECTURE.get((str(config.get("model_type")), str(first)))
-
 
 def check_spellings(config: Mapping[str, Any], file: Path) -> None:
     """Refuse a config.json that gives two values for one thing.

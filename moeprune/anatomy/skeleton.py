@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moeprune.anatomy.config_checks import check_spellings, known_as
+from moeprune.anatomy.config_checks import check_spellings
 from moeprune.anatomy.names import ConfigField
-from moeprune.checkpoint.classes import model_class
+from moeprune.checkpoint.classes import known_as, model_class, transformers_config
 from moeprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def load_config(path: Path) -> PreTrainedConfig:
         CheckpointError: If the values in config.json are refused by the config class.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     from moeprune.checkpoint.folder import read_config
 
@@ -43,9 +43,7 @@ def load_config(path: Path) -> PreTrainedConfig:
             "Update transformers; models that need remote code are not supported."
         )
     try:
-        if model_type != raw["model_type"]:
-            return CONFIG_MAPPING[model_type].from_dict(raw | {"model_type": model_type})
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return transformers_config(path)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / 'config.json'}: refused by transformers: {error}") from error
 

@@ -43,10 +43,9 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
         CheckpointError: If it does not load without a remark.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig
     from transformers.utils import logging
 
-    from moeprune.checkpoint.classes import model_class
+    from moeprune.checkpoint.classes import model_class, transformers_config
 
     if dtype not in DTYPES:
         raise MoePruneError(f"unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
@@ -54,7 +53,7 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
     logging.set_verbosity_error()  # what matters of its report is raised below
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = transformers_config(path)
         loaded: Any = model_class(config).from_pretrained(
             path,
             config=config,

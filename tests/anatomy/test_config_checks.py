@@ -11,13 +11,15 @@ import pytest
 import transformers
 from transformers import AutoConfig
 
-from moeprune.anatomy.config_checks import SAME_ARCHITECTURE, check_spellings, known_as
+from moeprune.anatomy.config_checks import check_spellings
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.anatomy.inspect import inspect_model
 from moeprune.anatomy.pruned_config import prune_config_json
 from moeprune.anatomy.skeleton import load_config
+from moeprune.checkpoint.classes import SAME_ARCHITECTURE, known_as
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.export.export import export_checkpoint
+from moeprune.export.verify import verify_checkpoint
 from tests.anatomy.published import MODELS, config_of
 from tests.models import save
 from tests.pruning import edit_config, plan_for
@@ -153,12 +155,14 @@ def test_an_exported_config_keeps_the_foreign_type(tmp_path):
     folder = save("deepseek_v3", tmp_path / "source")
     edit_config(folder, model_type="kimi_k2", topk_method="noaux_tc")
     plan = plan_for(folder, "deepseek_v3")
-    export_checkpoint(folder, plan=plan, out=tmp_path / "pruned", quiet=True)
+    pruned = tmp_path / "pruned"
+    export_checkpoint(folder, plan=plan, out=pruned, quiet=True)
     before = json.loads((folder / "config.json").read_text())
-    after = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    after = json.loads((pruned / "config.json").read_text())
     counts = {"n_routed_experts": plan.num_experts, "num_experts_per_tok": plan.top_k}
     assert {key: after[key] for key in before} == before | counts
     assert after.keys() - before.keys() <= {"num_experts", "num_local_experts"}
+    assert all(check.passed for check in verify_checkpoint(pruned, against=folder, plan=plan, quiet=True))
 
 
 # A top-k for every layer
