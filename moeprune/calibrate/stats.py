@@ -16,7 +16,7 @@ from safetensors.numpy import save as encode
 
 from moeprune.errors import StatsError, did_you_mean
 from moeprune.facts import ModelFacts
-from moeprune.files import replacing
+from moeprune.files import parse_json, replacing
 
 FORMAT = 1
 
@@ -99,28 +99,23 @@ class Stats:
             )
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+                header = _header(path, file.metadata() or {})
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise StatsError(f"{path}: not a complete statistics file ({error}). Calibrate again.") from error
-        if "moeprune" not in metadata:
-            raise StatsError(f"{path}: a safetensors file, but not statistics of moeprune.")
-        header = json.loads(metadata["moeprune"])
-        if header["format"] > FORMAT:
-            raise StatsError(
-                f"{path}: statistics format {header['format']}; this version of moeprune reads {FORMAT}. Update "
-                "moeprune."
-            )
         if missing := {"tokens", "experts.count", *(f"layers.{name}" for name in LAYER_SUMS)} - arrays.keys():
             raise StatsError(f"{path}: statistics without {min(missing)!r}. Calibrate again.")
-        stats = cls(
-            model=ModelFacts.model_validate(header["model"]),
-            domains=tuple(header["domains"]),
-            tokens=arrays["tokens"],
-            experts={name: arrays[f"experts.{name}"] for name in EXPERT_SUMS if f"experts.{name}" in arrays},
-            layers={name: arrays[f"layers.{name}"] for name in LAYER_SUMS},
-            runs=header["runs"],
-        )
+        try:
+            stats = cls(
+                model=ModelFacts.model_validate(header["model"]),
+                domains=tuple(header["domains"]),
+                tokens=arrays["tokens"],
+                experts={name: arrays[f"experts.{name}"] for name in EXPERT_SUMS if f"experts.{name}" in arrays},
+                layers={name: arrays[f"layers.{name}"] for name in LAYER_SUMS},
+                runs=header["runs"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StatsError(f"{path}: statistics with a damaged header ({error}). Calibrate again.") from error
         stats.check(path)
         return stats
 
@@ -130,7 +125,12 @@ class Stats:
         return tuple(name for name in EXPERT_SUMS if name not in self.experts)
 
     def check(self, origin: Path | str) -> None:
-        """Raise :class:`StatsError` if a value is not finite, naming its layer and expert."""
+        """Raise :class:`StatsError` if an array has another shape or a value is not finite, naming layer and expert."""
+        shape = (len(self.domains), len(self.model.layers), self.model.num_experts)
+        for name, array in {"tokens": self.tokens, **self.layers, **self.experts}.items():
+            expected = shape[:1] if name == "tokens" else shape[:2] if name in self.layers else shape
+            if array.shape != expected:
+                raise StatsError(f"{origin}: {name} has shape {list(array.shape)}, expected {list(expected)}.")
         for name, array in {**self.experts, **self.layers}.items():
             if not np.isfinite(array).all():
                 domain, layer, *expert = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
@@ -176,6 +176,21 @@ class Stats:
         if empty or not share.sum() > 0:
             raise StatsError(f"no token was seen of domain {empty[0]!r}." if empty else "all domain weights are 0.")
         return share / share.sum() * self.tokens.sum() / np.maximum(self.tokens, 1)
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "moeprune" not in metadata:
+        raise StatsError(f"{path}: a safetensors file, but not statistics of moeprune.")
+    try:
+        header = parse_json(metadata["moeprune"].encode())
+        version = int(header["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StatsError(f"{path}: statistics with a damaged header ({error}). Calibrate again.") from error
+    if version > FORMAT:
+        raise StatsError(
+            f"{path}: statistics format {version}; this version of moeprune reads {FORMAT}. Update moeprune."
+        )
+    return header
 
 
 def merge_stats(parts: Sequence[Stats]) -> Stats:

@@ -15,8 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from moeprune.calibrate.stats import Stats
-from moeprune.errors import CheckpointError, MoePruneError, PlanError, StatsError, UnsupportedModelError
+from moeprune.errors import CheckpointError, MoePruneError, PlanError, UnsupportedModelError
 from moeprune.export.export import export_checkpoint
 from moeprune.export.verify import verify_checkpoint
 from moeprune.plan.plan import Plan
@@ -337,15 +336,6 @@ def test_a_plan_that_is_no_plan(good, tmp_path, content, message):
     assert isinstance(error, PlanError)
     assert str(error).startswith(f"{path}: ")
     assert message in str(error)
-
-
-@pytest.mark.parametrize("content", [None, b"", bytes(range(256)), b'{"format": 1}'])
-def test_statistics_that_are_none(tmp_path, content):
-    path = tmp_path / "stats.safetensors"
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(StatsError) as error:
-        Stats.load(path)
-    assert str(error.value).startswith(f"{path}: ")
 
 
 # What is no fault
