@@ -76,11 +76,11 @@ class Observer:
         """Say which tokens of the next forward pass are text and which are padding.
 
         Args:
-            mask: True for text; None means that all are.
+            mask: True for text; None means that all are, and that experts may be given a part of the tokens.
             encoder: The same of the encoder's input, for models that have one.
         """
         self._masks = {
-            in_encoder: None if given is None or bool(given.all()) else given.reshape(-1)
+            in_encoder: None if given is None else given.reshape(-1)
             for in_encoder, given in ((False, mask), (True, encoder))
         }
 
@@ -107,15 +107,14 @@ class Observer:
 
     def _add(self, layer: int, seen: Seen) -> None:
         mask = self._masks.get(self._in_encoder[layer])
-        keep = None
-        if mask is not None:
-            if mask.shape[0] != seen.weights.shape[0]:
-                raise UnsupportedModelError(
-                    f"{self._paths[layer]} was given {seen.weights.shape[0]} of the batch's {mask.shape[0]} tokens, so "
-                    "that padding cannot be told from text. Calibrate on a multiple of the row length."
-                )
-            mask = mask.to(seen.gates.device)
-            keep = mask[seen.tokens]
+        if mask is not None and mask.shape[0] != seen.weights.shape[0]:
+            raise UnsupportedModelError(
+                f"{self._paths[layer]} was given {seen.weights.shape[0]} tokens for a batch of {mask.shape[0]}: this "
+                "model does not run its experts on every token that it reads, once, so that its statistics would not "
+                "be those of the text."
+            )
+        mask = None if mask is None or bool(mask.all()) else mask.to(seen.gates.device)
+        keep = None if mask is None else mask[seen.tokens]
         # Made here, because only here it is known where the layer runs: its weights may be offloaded between calls.
         sums = self._current[layer] or LayerAccumulator(self._num_experts, seen.gates.device)
         sums.add(seen.outputs, seen.gates, seen.experts, keep, weighted=seen.weighted)

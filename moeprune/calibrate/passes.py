@@ -80,20 +80,30 @@ def run_decoder(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, o
         ids: Token ids, (batch, length).
         mask: True where a token is text, (batch, length).
         observer: Told which tokens count.
+
+    Raises:
+        UnsupportedModelError: If the model does not read text from its first token to its last.
     """
+    if getattr(model.config, "canvas_length", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} denoises a canvas of random tokens; it does not read text from left to right, and "
+            "statistics of a plain pass would be those of noise."
+        )
     if model.config.is_encoder_decoder:
         _run_encoder_decoder(model, ids, mask, observer)
         return
     if observer is not None:
         observer.set_mask(mask)
-    model.base_model(input_ids=ids.to(_device(model)), attention_mask=_attention_mask(mask, model), use_cache=False)
+    _reader(model)(input_ids=ids.to(_device(model)), attention_mask=_attention_mask(mask, model), use_cache=False)
 
 
 def _run_encoder_decoder(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, observer: Observer | None
 ) -> None:
     half = ids.shape[1] // 2
-    start = getattr(model.config, "decoder_start_token_id", None)
+    # As T5 has it: the decoder starts with the padding token, unless the config names another.
+    named = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    start = next((token for token in named if token is not None), None)
     if start is None or half == 0:
         raise UnsupportedModelError(
             f"{type(model).__name__}: an encoder-decoder is calibrated on rows of 2 tokens or more, with a "
@@ -116,6 +126,14 @@ def _run_encoder_decoder(
 def _attention_mask(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor | None:
     """What the model takes: 1 for text, or nothing where all is text."""
     return None if bool(mask.all()) else mask.to(_device(model), torch.long)
+
+
+def _reader(model: PreTrainedModel) -> Any:
+    """The part of the model that reads text, without the head; some models hold several that are called one by one."""
+    reader: Any = model.base_model
+    while type(reader).forward is torch.nn.Module.forward:
+        reader = next(iter(reader.children())).base_model  # Qwen3-Omni: the thinker, then the talker
+    return reader
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -40,6 +40,14 @@ def test_a_row_that_ends_before_its_second_half_leaves_the_decoder_its_start(mod
     assert decoder[0]["attention_mask"].tolist() == [[1] * 7, [1] + [0] * 6]
 
 
+def test_the_decoder_starts_with_the_padding_token_where_the_config_names_none(model):
+    decoder = seen_by(model.decoder)
+    model.config.decoder_start_token_id, model.config.pad_token_id = None, 7
+    rows = random_rows("text", rows=1)
+    run_decoder(model, rows.ids, rows.mask, None)
+    assert decoder[0]["input_ids"][0, 0] == 7
+
+
 def test_padding_and_the_start_token_are_not_counted(model):
     with torch.no_grad():
         for path in PATHS["switch_transformers"]:
@@ -52,7 +60,7 @@ def test_padding_and_the_start_token_are_not_counted(model):
 
 @pytest.mark.parametrize(("length", "start"), [(1, 0), (11, None)])
 def test_what_cannot_be_split_is_refused(model, length, start):
-    model.config.decoder_start_token_id = start
+    model.config.decoder_start_token_id = model.config.pad_token_id = start
     rows = random_rows("text", length=length)
     with pytest.raises(UnsupportedModelError) as error:
         run_decoder(model, rows.ids, rows.mask, None)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.data import Rows
 from moeprune.calibrate.passes import collect_stats, run_decoder
-from moeprune.errors import StatsError
+from moeprune.errors import StatsError, UnsupportedModelError
 from tests.calibrate.reference import assert_close, experts_of, observe, random_rows
 from tests.models import build
 
@@ -95,3 +96,26 @@ def test_float16_overflow_is_refused():
         model.get_submodule(experts_of(model)[-1]).down_proj[2].fill_(60000.0)
     with pytest.raises(StatsError, match=r"model\.layers\.1 expert 2 in domain 'text' is (inf|nan)"):
         observe(model, random_rows("text"))
+
+
+def test_a_model_that_denoises_a_canvas_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model.config, "canvas_length", 256, raising=False)
+    rows = random_rows("text")
+    with pytest.raises(UnsupportedModelError, match=r"^Glm4MoeForCausalLM denoises a canvas of random tokens"):
+        run_decoder(model, rows.ids, rows.mask, None)
+
+
+def test_of_several_models_in_one_the_first_reads(model):
+    class Several(PreTrainedModel):
+        _supports_sdpa = True
+
+        def __init__(self):
+            super().__init__(PreTrainedConfig())
+            self.thinker, self.talker = model, build("mixtral")
+
+    calls = []
+    hook = model.base_model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    rows = random_rows("text")
+    run_decoder(Several(), rows.ids, rows.mask, None)
+    hook.remove()
+    assert calls[0]["input_ids"].tolist() == rows.ids.tolist()

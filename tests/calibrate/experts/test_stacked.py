@@ -142,31 +142,30 @@ def test_a_tower_without_tokens_has_sums_of_zero():
     assert stats.experts["count"][0].sum(-1).tolist() == [29 * 2, 0]
 
 
-def observe_vision(model, *, padding):
+def observe_vision(model, *, mask):
     """A pass in which 6 of the batch's 22 tokens are of an image."""
-    rows = random_rows("text", rows=2, padding=padding)
-    types = torch.zeros_like(rows.ids)
+    ids = random_rows("text", rows=2).ids
+    types = torch.zeros_like(ids)
     types[:, 1:4] = 1
-    paths = PATHS["ernie4_5_vl_moe_text"]
-    observer = Observer(model, experts=paths, num_experts=NUM_EXPERTS)
+    observer = Observer(model, experts=PATHS["ernie4_5_vl_moe_text"], num_experts=NUM_EXPERTS)
     stats = Stats.zeros(facts(num_layers=2, num_experts=NUM_EXPERTS), domains=["text"])
     with torch.inference_mode(), observer.observing():
         observer.start()
-        observer.set_mask(rows.mask)
-        model(rows.ids, attention_mask=rows.mask.long(), moe_mm_token_type_ids=types)
-        observer.finish(stats, domain="text", tokens=rows.num_tokens)
+        observer.set_mask(mask)
+        model(ids, moe_mm_token_type_ids=types)
+        observer.finish(stats, domain="text", tokens=ids.numel())
     return stats
 
 
 def test_each_tower_is_observed_with_its_own_tokens():
-    stats = observe_vision(build("ernie4_5_vl_moe_text"), padding=0)
+    stats = observe_vision(build("ernie4_5_vl_moe_text"), mask=None)
     assert stats.experts["count"][0].sum(-1).tolist() == [16 * 2, 6 * 2]
 
 
-def test_a_tower_with_part_of_a_padded_batch_is_refused():
+def test_experts_that_are_given_other_tokens_than_the_text_are_refused():
     with pytest.raises(UnsupportedModelError) as error:
-        observe_vision(build("ernie4_5_vl_moe_text"), padding=3)
+        observe_vision(build("ernie4_5_vl_moe_text"), mask=torch.ones(2, 11, dtype=torch.bool))
     assert str(error.value) == (
-        "layers.1.mlp.text_moe.experts was given 16 of the batch's 22 tokens, so that padding cannot be told from "
-        "text. Calibrate on a multiple of the row length."
+        "layers.1.mlp.text_moe.experts was given 16 tokens for a batch of 22: this model does not run its experts on "
+        "every token that it reads, once, so that its statistics would not be those of the text."
     )
