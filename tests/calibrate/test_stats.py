@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats, merge_stats
+from moeprune.cli import app
 from moeprune.errors import StatsError
 from tests.fake_stats import fake_stats
 
@@ -170,3 +172,12 @@ def test_a_file_without_counts_is_refused(tmp_path):
     with pytest.raises(StatsError) as error:
         Stats.load(tmp_path / "stats")
     assert str(error.value) == f"{tmp_path / 'stats'}: statistics without 'experts.count'. Calibrate again."
+
+
+def test_showing_statistics_names_what_is_absent(partial, tmp_path):
+    for name, stats, said in (("partial", partial, True), ("whole", fake_stats(), False)):
+        stats.save(tmp_path / name)
+        shown = CliRunner().invoke(app, ["stats", "show", str(tmp_path / name)], catch_exceptions=False).stdout
+        assert ("this model gives no norm_sum, no norm_sq_sum, no max_abs" in shown) == said
+        as_json = CliRunner().invoke(app, ["stats", "show", str(tmp_path / name), "--json"], catch_exceptions=False)
+        assert json.loads(as_json.stdout)["absent"] == list(stats.absent)
