@@ -2,7 +2,17 @@ import json
 
 import pytest
 
-from moeprune.files import read_json, replacing, sha256_file, sha256_json, write_json, write_text
+from moeprune.files import (
+    MAX_JSON_BYTES,
+    parse_json,
+    read_json,
+    replacing,
+    sha256_file,
+    sha256_json,
+    shorten,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -58,6 +68,52 @@ def test_json_is_written_for_people_and_read_back(tmp_path):
     (tmp_path / "out.json").write_text("{")
     with pytest.raises(json.JSONDecodeError):
         read_json(tmp_path / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": 2, "a": 1}', "the key 'a' is given more than once"),
+        ('[{"x": {"": 1, "": 2}}]', "the key '' is given more than once"),
+        ("[" * 50_000, "nested too deeply"),
+        ('"\\ud800"', "surrogates not allowed"),
+        ('{"\\uDC00": 1}', "surrogates not allowed"),
+        ("\ufeff{}", "Unexpected UTF-8 BOM"),
+        ("9" * 5000, "4300 digits"),
+    ],
+)
+def test_json_that_readers_understand_differently_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_json(text.encode())
+
+
+def test_numbers_that_json_does_not_have_are_read_unless_they_must_not_be():
+    assert parse_json(b"[Infinity, -Infinity, 1e999, 1.5]") == [float("inf"), -float("inf"), float("inf"), 1.5]
+    for text in (b"[NaN]", b"[Infinity]", b"[-Infinity]", b"[1e999]", b"[-1e999]"):
+        with pytest.raises(ValueError, match="is not a number that JSON has"):
+            parse_json(text, allow_nan=False)
+    assert parse_json(b"[1e308, -0, 0]", allow_nan=False) == [1e308, 0, 0]
+
+
+def test_whole_surrogate_pairs_are_read():
+    assert parse_json(b'"\\ud83d\\ude00"') == "\U0001f600"
+
+
+def test_a_file_too_large_for_json_is_not_read(tmp_path):
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(ValueError, match="100000001 bytes, expected at most 100000000"):
+        read_json(path)
+
+
+def test_values_are_shortened_whatever_they_are():
+    deep: list = []
+    for _ in range(500):
+        deep = [deep]
+    for value in ("x" * 10**6, list(range(10**5)), dict.fromkeys(range(10**4)), 10**4000, deep):
+        assert len(shorten(value)) < 400
+    assert shorten({"a": [1, "b"]}) == "{'a': [1, 'b']}"
 
 
 def test_hashes(tmp_path):

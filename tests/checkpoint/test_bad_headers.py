@@ -61,6 +61,8 @@ BOTH_REFUSE = {
     "100000 objects": raw('{"a":' * 100_000),
     "NaN as a size": raw('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', 8),
     "Infinity as a size": raw('{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,8]}}', 8),
+    "NaN where it does not matter": raw('{"a":{' + A + ',"x":NaN}}', 8),
+    "a number too large where it does not matter": raw('{"a":{' + A + ',"x":1e999}}', 8),
     "a field given twice": raw('{"a":{"dtype":"F32",' + A + "}}", 8),
     "metadata given twice": raw('{"__metadata__":{},"__metadata__":{}}'),
     "metadata that is an array": raw('{"__metadata__":[]}'),
@@ -136,6 +138,7 @@ BOTH_READ = {
     "fields in another order": raw('{"a":{"data_offsets":[0,8],"shape":[2],"dtype":"F32"}}', 8),
     "a scalar": raw(entry("F64", [], [0, 8]), 8),
     "an empty tensor": raw(entry("F64", [0, 2**63, 7], [0, 0])),
+    "an empty tensor of 2^65 bits but for a zero": raw(entry("F32", [2**60, 0], [0, 0])),
     "empty tensors before, between and after": raw(
         '{"z":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"y":{"dtype":"U8","shape":[0,3],"data_offsets":[8,8]},'
         '"a":{' + A + '},"x":{"dtype":"U8","shape":[2],"data_offsets":[8,10]},'

@@ -70,6 +70,32 @@ def valid_files(draw: st.DrawFn) -> bytes:
 INSERTED = [b"-", b"0", b'"', b"\\ud800", b"\xff", b" ", b"[", b"}", b",", b"e9", b".0", b"true", b"9" * 20]
 
 
+def spell(number: int, rng: random.Random) -> str:
+    """The number, or one near it, in a way that JSON allows."""
+    near = [number + 1, number + 8, abs(number - 1), 2 * number, 2**64 + number, 2**63 * number]
+    return rng.choice([f"-{number}", "true", f"{number}.0", f"{number}e0", f'"{number}"', *map(str, near)])
+
+
+def damage_numbers(content: bytearray, rng: random.Random) -> None:
+    """Spell a size or an offset in another way, or move all tensors from some byte on and leave a hole."""
+    numbers = list(re.finditer(rb"(?<=[\[,])\d+(?=[\],])", content))
+    if not numbers:
+        return
+    if rng.random() < 0.7:
+        match = rng.choice(numbers)
+        content[match.start() : match.end()] = spell(int(match.group()), rng).encode()
+        return
+    length = struct.unpack("<Q", content[:8])[0]
+    header, hole = json.loads(content[8 : 8 + length]), rng.randrange(1, 9)
+    entries = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    first = rng.choice(entries)[0]
+    for offsets in entries:
+        offsets[:] = [n + hole * (offsets[0] >= first) for n in offsets]
+    text = json.dumps(header).encode()
+    data = content[8 + length :]
+    content[:] = struct.pack("<Q", len(text)) + text + data[:first] + bytes(hole) + data[first:]
+
+
 def damage(content: bytearray, rng: random.Random) -> None:
     """Change, remove, double, swap or insert some bytes."""
     at, other = rng.randrange(len(content)), rng.randrange(len(content))
@@ -94,11 +120,14 @@ def damage(content: bytearray, rng: random.Random) -> None:
 
 @st.composite
 def damaged_files(draw: st.DrawFn) -> bytes:
-    """A valid file with one to three places damaged; often the length of the header is then made to fit again."""
+    """A valid file with a number or some bytes damaged; often the length of the header is then made to fit again."""
     content = bytearray(draw(valid_files()))
     rng = random.Random(draw(st.integers(0, 2**32)))
-    for _ in range(rng.randint(1, 3)):
-        damage(content, rng)
+    if rng.random() < 0.5:
+        damage_numbers(content, rng)
+    else:
+        for _ in range(rng.randint(1, 3)):
+            damage(content, rng)
     if rng.random() < 0.6 and len(content) > 8:
         content[:8] = struct.pack("<Q", max(content.rfind(b"}") + 1 - 8, 0))
     return bytes(content)
@@ -165,7 +194,7 @@ def test_random_headers_over_data(folder, header, data):
     judge(folder / "x.safetensors", with_length(json.dumps(header).encode()) + bytes(data))
 
 
-@settings(bounded, max_examples=400)
+@settings(bounded, max_examples=1000)
 @given(content=damaged_files())
 def test_damaged_files(folder, content):
     judge(folder / "x.safetensors", content)
