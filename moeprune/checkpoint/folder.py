@@ -12,7 +12,7 @@ from typing import Any
 
 from moeprune.checkpoint.formats import explain_missing_weights
 from moeprune.checkpoint.header import TensorInfo, read_header
-from moeprune.errors import CheckpointError, did_you_mean
+from moeprune.errors import CheckpointError
 from moeprune.files import read_json, shorten
 from moeprune.resources import DEMO, DEMO_DIR
 
@@ -79,29 +79,14 @@ def resolve_model(model: str | Path) -> Path:
         return path
     if path.is_file():
         raise CheckpointError(f"{model}: expected the folder of a checkpoint, got a file. Give {path.parent} instead.")
-    return _download(str(model))
+    from moeprune.checkpoint.hub import download
+
+    return download(str(model))
 
 
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = model.partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        hint = did_you_mean(model, [DEMO]).partition("Known:")[0]
-        raise CheckpointError(
-            f"{model}: no such folder. Give the folder of a checkpoint, a Hub id (owner/name) or {DEMO!r}. "
-            f"{hint}".strip()
-        )
-    try:
-        folder = snapshot_download(
-            name, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{model}: neither a local folder nor a repository that could be downloaded ({type(error).__name__})."
-        ) from error
-    return Path(folder)
+def is_local(model: str | Path) -> bool:
+    """Whether a model is the embedded one or something on this disk, rather than one of the Hub."""
+    return str(model) == DEMO or Path(model).expanduser().exists()
 
 
 def read_config(path: Path) -> dict[str, Any]:

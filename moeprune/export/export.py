@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from moeprune import __version__
-from moeprune.anatomy.pruned_config import prune_config_json
-from moeprune.anatomy.source import Source, open_source
 from moeprune.checkpoint.folder import INDEX_NAME
-from moeprune.checkpoint.values import check_finite
+from moeprune.checkpoint.hub import quiet_downloads
 from moeprune.export.card import read_card, write_card
-from moeprune.export.journal import JOURNAL, Journal, clear, job_of, locked, read_finished
-from moeprune.export.layout import Shard, lay_out, parse_size
-from moeprune.export.quantization_config import remapped_configs
-from moeprune.export.routers import router_dims
-from moeprune.export.shards import write_index, write_shards
-from moeprune.export.slices import plan_outputs
-from moeprune.export.summary import ExportSummary, manifest, summarise
-from moeprune.export.target import (
-    MANIFEST,
-    bytes_to_store,
-    check_space,
-    check_target,
-    copy_other_files,
-    other_files,
-    put_in_place,
-)
+from moeprune.export.fetch import DOWNLOADS, HubSources
+from moeprune.export.journal import JOURNAL, Journal, clear, locked
+from moeprune.export.layout import parse_size
+from moeprune.export.prepare import Job, prepare
+from moeprune.export.shards import default_jobs, write_index, write_shards
+from moeprune.export.summary import ExportSummary, manifest
+from moeprune.export.target import MANIFEST, copy_other_files, other_files, put_in_place
 from moeprune.files import read_json, write_json
 from moeprune.plan.plan import Plan
 
@@ -49,6 +36,7 @@ def export_checkpoint(
     max_shard_size: str | int | None = None,
     jobs: int | None = None,
     link: bool = False,
+    keep_source: bool = True,
 ) -> ExportSummary:
     """Write the checkpoint that ``plan`` leaves of ``model``.
 
@@ -56,7 +44,7 @@ def export_checkpoint(
     like a checkpoint. Running the same export again keeps the shards that were finished.
 
     Args:
-        model: ``demo``, a folder or a Hub id.
+        model: ``demo``, a folder or a Hub id. The shards of the latter are downloaded when they are needed.
         plan: A plan for this very model.
         out: The folder to make.
         name: Name in the model card; by default that of the folder.
@@ -64,80 +52,63 @@ def export_checkpoint(
         dry_run: Check everything and write nothing.
         quiet: No progress bar.
         max_shard_size: Largest safetensors file, such as ``5GB``; by default the source's boundaries stay.
-        jobs: Shards written at once.
+        jobs: Shards written at once; by default :func:`moeprune.export.shards.default_jobs`.
         link: Hard link files that stay as they are instead of copying them. They then share their bytes with the
             source: a program that edits one in place changes both.
+        keep_source: Keep what is downloaded in the cache of huggingface_hub. Otherwise a shard is deleted when it has
+            been used, and no more than ``jobs`` of them take up room at a time.
 
     Raises:
         PlanError: If the plan does not fit the model.
-        CheckpointError: If the source is incomplete or damaged, or a router holds NaN.
-        ExportError: If ``out`` exists, the disk is too small, or the source's model card cannot be read.
+        CheckpointError: If the source is incomplete or damaged, or a router holds NaN, or there is no such model.
+        ExportError: If ``out`` exists, a disk is too small, or the source's model card cannot be read.
     """
+    jobs = default_jobs() if jobs is None else max(1, jobs)
     max_bytes = None if max_shard_size is None else parse_size(max_shard_size)
-    source = open_source(model)
-    checkpoint = source.checkpoint
-    plan.check(source.facts)
-    shards = lay_out(
-        plan_outputs(checkpoint.tensors, roles=source.roles, plan=plan, mtp=source.mtp),
-        metadata=checkpoint.metadata,
-        tensors_in=Counter(tensor.file for tensor in checkpoint.tensors.values()),
-        max_bytes=max_bytes,
-    )
-    written = (tensor for shard in shards for tensor in shard.tensors)
-    configs = remapped_configs(_config(source, plan), source=source, plan=plan, outputs=written)
-    check_target(out, source=checkpoint.path, force=force)
-    partial = out.with_name(f"{out.name}.partial")
-    job = job_of(checkpoint, plan=plan, shards=shards, commit=None)
-    finished = read_finished(partial, job=job, shards=shards)
-    summary = summarise(source, plan, shards, out=out, finished=finished, to_download=0)
-    missing = [shard for shard in shards if shard.name not in finished]
-    check_space(out, bytes_to_store(missing), partial=partial, keep=finished)
-    source_card = read_card(checkpoint.path / "README.md")
-    check_finite(checkpoint.tensors, expert_dims=router_dims(source))
+    job = prepare(
+        model, plan=plan, out=out, force=force, max_bytes=max_bytes, jobs=jobs, keep_source=keep_source
+    )  # fmt: skip
+    source_card = read_card(job.source.path / "README.md")
     if dry_run:
-        return summary
+        return job.summary
+    partial = job.partial
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
-        journal = Journal(partial, job=job, finished=finished)
-        clear(partial, keep=[JOURNAL, *finished] if finished else [])
-        _write_weights(source, shards, journal, partial, summary, jobs=jobs, link=link, quiet=quiet)
-        copy_other_files(checkpoint.path, partial)
+        journal = _write_weights(job, jobs=jobs, link=link, keep_source=keep_source, quiet=quiet)
+        copy_other_files(job.source.path, partial)
         write_card(
-            partial / "README.md", plan=plan, sizes=summary.sizes, source_card=source_card,
+            partial / "README.md", plan=plan, sizes=job.summary.sizes, source_card=source_card,
             name=name or out.name, version=__version__,
         )  # fmt: skip
-        record = manifest(checkpoint, plan, summary.sizes, origin={}, files=journal.finished)
+        origin = {"repo": job.located.repo, "commit": job.located.commit} if job.located.repo else {}
+        record = manifest(job.source.checkpoint, plan, job.summary.sizes, origin=origin, files=journal.finished)
         write_json(partial / MANIFEST, record)
-        for file, text in configs.items():  # config.json last: without it the folder is not a checkpoint
+        for file, text in job.configs.items():  # config.json last: without it the folder is not a checkpoint
             write_json(partial / file, text, allow_nan=True)  # Nemotron-H's config has an Infinity
         put_in_place(partial, out)
         (out / JOURNAL).unlink()
-    return summary
+    return job.summary
 
 
-def _write_weights(
-    source: Source,
-    shards: Sequence[Shard],
-    journal: Journal,
-    folder: Path,
-    summary: ExportSummary,
-    *,
-    jobs: int | None,
-    link: bool,
-    quiet: bool,
-) -> None:
-    index = source.path / INDEX_NAME
-    metadata = read_json(index).get("metadata") if index.is_file() else None
-    with tqdm(total=sum(summary.files.values()), unit="B", unit_scale=True, desc="export", disable=quiet) as bar:
-        write_shards(shards, folder=folder, journal=journal, jobs=jobs, link=link, progress=bar.update)
-    write_index(shards, folder=folder, metadata=metadata, num_parameters=summary.sizes.parameters_after)
-
-
-def _config(source: Source, plan: Plan) -> dict[str, Any]:
-    return prune_config_json(
-        source.checkpoint.config,
-        source.anatomy,
-        num_experts=plan.num_experts,
-        top_k=plan.top_k,
-        n_group=plan.n_group,
+def _write_weights(job: Job, *, jobs: int, link: bool, keep_source: bool, quiet: bool) -> Journal:
+    partial, index = job.partial, job.source.path / INDEX_NAME
+    clear(partial, keep=[] if job.earlier is None else [JOURNAL, DOWNLOADS, *job.earlier])
+    journal = Journal(partial, job=job.key, finished=job.earlier)
+    sources = HubSources(
+        job.located,
+        shards=job.unfinished,
+        folder=None if keep_source else partial / DOWNLOADS,
+        check=job.check_download,
     )
+    total = sum(job.summary.files.values())
+    with (
+        quiet_downloads(quiet),
+        tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
+    ):
+        write_shards(
+            job.shards, folder=partial, journal=journal, sources=sources, jobs=jobs, link=link, progress=bar.update
+        )
+    shutil.rmtree(partial / DOWNLOADS, ignore_errors=True)
+    metadata = read_json(index).get("metadata") if index.is_file() else None
+    write_index(job.shards, folder=partial, metadata=metadata, num_parameters=job.summary.sizes.parameters_after)
+    return journal

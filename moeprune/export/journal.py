@@ -38,17 +38,21 @@ class Journal:
     def __init__(self, folder: Path, *, job: str, finished: dict[str, dict[str, Any]] | None = None) -> None:
         self.finished = dict(finished or {})
         self._path, self._job, self._lock = folder / JOURNAL, job, threading.Lock()
+        self._write()
 
     def enter(self, name: str, *, num_bytes: int, digest: str) -> None:
         """Record that the shard is complete."""
         with self._lock:
             self.finished[name] = {"bytes": num_bytes, HASH: digest}
-            write_json(self._path, {"format": FORMAT, "job": self._job, "shards": self.finished})
+            self._write()
 
     def forget(self, name: str) -> None:
         """Leave a shard out that turned out to be damaged."""
         with self._lock:
             self.finished.pop(name, None)
+
+    def _write(self) -> None:
+        write_json(self._path, {"format": FORMAT, "job": self._job, "shards": self.finished})
 
 
 def job_of(checkpoint: Checkpoint, *, plan: Plan, shards: Iterable[Shard], commit: str | None) -> str:
@@ -69,21 +73,24 @@ def job_of(checkpoint: Checkpoint, *, plan: Plan, shards: Iterable[Shard], commi
     })  # fmt: skip
 
 
-def read_finished(folder: Path, *, job: str, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
+def read_finished(folder: Path, *, job: str, shards: Sequence[Shard]) -> dict[str, dict[str, Any]] | None:
     """What an earlier attempt at this very export has finished, by name and size; hashes are compared when it goes on.
 
     Args:
         folder: Where that attempt wrote.
         job: What is exported now.
         shards: The shards of this export.
+
+    Returns:
+        None if there was no such attempt.
     """
     try:
         journal = read_json(folder / JOURNAL)
         if journal["format"] != FORMAT or journal["job"] != job:
-            return {}
+            return None
         entered = {str(name): {"bytes": int(e["bytes"]), HASH: str(e[HASH])} for name, e in journal["shards"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, torn by a power cut, or not ours
-        return {}
+        return None
     sizes = {shard.name: shard.num_bytes for shard in shards}
     return {
         name: entry

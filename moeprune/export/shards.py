@@ -64,7 +64,7 @@ def write_shards(
             for future in as_completed(futures):
                 future.result()
         except BaseException as error:
-            work.progress.stop()  # the others end at their next report instead of finishing gigabytes
+            work.progress.stop()  # all end at their next report instead of finishing gigabytes
             pool.shutdown(cancel_futures=True)
             if isinstance(error, OSError) and not isinstance(error, MoePruneError):
                 raise ExportError(
@@ -77,7 +77,7 @@ def write_index(
     shards: Sequence[Shard],
     *,
     folder: Path,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Any = None,
     num_parameters: int | None = None,
 ) -> None:
     """Write the index of all shards; none is needed if there is only one.
@@ -90,7 +90,10 @@ def write_index(
     """
     if len(shards) < 2:
         return
-    facts = {**(metadata or {}), "total_size": sum(shard.data_bytes for shard in shards)}
+    facts = {
+        **(metadata if isinstance(metadata, dict) else {}),
+        "total_size": sum(shard.data_bytes for shard in shards),
+    }
     if "total_parameters" in facts and num_parameters is not None:
         facts["total_parameters"] = num_parameters
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
@@ -104,6 +107,15 @@ class _Work:
         self.folder, self.journal, self.sources, self.link, self.progress = folder, journal, sources, link, progress
 
     def finish(self, shard: Shard) -> None:
+        """Have the shard complete and entered; an error stops all others."""
+        self.progress(0)
+        try:
+            self._finish(shard)
+        except BaseException:
+            self.progress.stop()
+            raise
+
+    def _finish(self, shard: Shard) -> None:
         path, entry = self.folder / shard.name, self.journal.finished.get(shard.name)
         if entry is not None:
             if hash_file(path, progress=self.progress) == entry[HASH]:

@@ -62,11 +62,17 @@ def copy_other_files(source: Path, target: Path) -> None:
         shutil.copy2(source / relative, target / relative)
 
 
-def bytes_to_store(shards: Iterable[Shard]) -> int:
-    """Bytes of tensors that files will take on disk: what the source does not store, the target will not either."""
+def bytes_to_store(shards: Iterable[Shard], *, missing: Collection[str] = ()) -> int:
+    """Bytes of tensors that files will take on disk: what the source does not store, the target will not either.
+
+    Args:
+        shards: The files.
+        missing: Names of source files that are not here yet.
+    """
     total = 0
     for file, wanted in bytes_by_source(shards).items():
-        total += min(wanted, _stored(file)) if is_sparse(file.stat()) else wanted
+        sparse = file.name not in missing and is_sparse(file.stat())
+        total += min(wanted, _stored(file)) if sparse else wanted
     return total
 
 
@@ -82,14 +88,18 @@ def check_space(out: Path, needed: int, *, partial: Path, keep: Collection[str] 
     Raises:
         ExportError: If less is free.
     """
-    existing = next(parent for parent in [out.resolve(), *out.resolve().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if partial.is_dir():
         free += sum(
             path.stat().st_blocks * 512 for path in partial.iterdir() if path.is_file() and path.name not in keep
         )
     if free < needed:
         raise ExportError(f"{out}: needs {size(needed)}, only {size(free)} are free on that disk.")
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself or the nearest one above that exists."""
+    return next(parent for parent in [path.resolve(), *path.resolve().parents] if parent.exists())
 
 
 def put_in_place(partial: Path, out: Path) -> None:

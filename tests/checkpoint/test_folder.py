@@ -6,10 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, read_config, resolve_model
@@ -213,26 +211,6 @@ def test_a_folder_that_is_not_there(model):
 def test_a_misspelt_demo():
     assert resolve_error("dmeo") == (
         "dmeo: no such folder. Give the folder of a checkpoint, a Hub id (owner/name) or 'demo'. Did you mean 'demo'?"
-    )
-
-
-def test_a_hub_id_is_downloaded_with_its_revision_and_without_other_formats(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append((a, k)) or str(tmp_path))
-    assert resolve_model("owner/name@abc") == tmp_path
-    assert resolve_model("owner/name") == tmp_path
-    assert [(args, kwargs["revision"]) for args, kwargs in calls] == [(("owner/name",), "abc"), (("owner/name",), None)]
-    assert "*.bin" in calls[0][1]["ignore_patterns"]
-
-
-@pytest.mark.parametrize("failure", [LocalEntryNotFoundError("offline"), OSError("no route")])
-def test_a_hub_id_that_cannot_be_downloaded(monkeypatch, failure):
-    def fail(*args, **kwargs):
-        raise failure
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    assert resolve_error("owner/name") == (
-        f"owner/name: neither a local folder nor a repository that could be downloaded ({type(failure).__name__})."
     )
 
 

@@ -1,0 +1,168 @@
+"""All that is decided and checked before an export writes its first byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moeprune.anatomy.pruned_config import prune_config_json
+from moeprune.anatomy.source import Source, open_source
+from moeprune.checkpoint.hub import Located, locate
+from moeprune.checkpoint.values import check_finite
+from moeprune.export.fetch import bytes_to_download, check_cache_space
+from moeprune.export.journal import job_of, read_finished
+from moeprune.export.layout import Shard, lay_out
+from moeprune.export.quantization_config import remapped_configs
+from moeprune.export.routers import router_dims
+from moeprune.export.slices import plan_outputs
+from moeprune.export.summary import ExportSummary, pruned_before, summarise
+from moeprune.export.target import bytes_to_store, check_space, check_target
+from moeprune.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export that can be done.
+
+    Attributes:
+        source: The source; of one on the Hub, weights may not be here yet.
+        located: Where it is and what of it is missing.
+        plan: The plan.
+        out: The folder to make.
+        shards: The safetensors files to write.
+        configs: JSON files to write by name, config.json last.
+        key: Hash of what is exported (:func:`moeprune.export.journal.job_of`).
+        earlier: What an attempt at this very job has finished; None if there was none.
+    """
+
+    source: Source
+    located: Located
+    plan: Plan
+    out: Path
+    shards: tuple[Shard, ...]
+    configs: dict[str, Any]
+    key: str
+    earlier: dict[str, dict[str, Any]] | None
+
+    @property
+    def partial(self) -> Path:
+        """The folder to write to before all is complete."""
+        return partial_of(self.out)
+
+    @property
+    def unfinished(self) -> list[Shard]:
+        """The shards that are still to be written."""
+        return [shard for shard in self.shards if shard.name not in (self.earlier or {})]
+
+    @cached_property
+    def to_download(self) -> dict[str, int]:
+        """Size by name of source files that are needed and not here."""
+        return bytes_to_download(self.located, self.unfinished)
+
+    @cached_property
+    def summary(self) -> ExportSummary:
+        """What will be written, in numbers."""
+        return summarise(
+            self.source,
+            self.plan,
+            self.shards,
+            out=self.out,
+            finished=self.earlier or {},
+            to_download=sum(self.to_download.values()),
+        )
+
+    @cached_property
+    def routers(self) -> dict[str, int]:
+        """Tensors whose values are looked at, with the axis that counts the experts."""
+        return router_dims(self.source)
+
+    def check_download(self, name: str, path: Path) -> None:
+        """Look at the routers in a source file that was not here before.
+
+        Raises:
+            CheckpointError: If one holds NaN.
+        """
+        self._check_routers(lambda file: path if file.name == name else None)
+
+    def check_values(self) -> None:
+        """Look at the routers in all files that are here.
+
+        Raises:
+            CheckpointError: If one holds NaN.
+        """
+        self._check_routers(lambda file: None if file.name in self.located.missing else file)
+
+    def _check_routers(self, find: Callable[[Path], Path | None]) -> None:
+        tensors = self.source.checkpoint.tensors
+        here = {key: replace(tensors[key], file=file) for key in self.routers if (file := find(tensors[key].file))}
+        check_finite(here, expert_dims={key: self.routers[key] for key in here})
+
+
+def partial_of(out: Path) -> Path:
+    """The folder in which ``out`` is made."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def prepare(
+    model: str | Path, *, plan: Plan, out: Path, force: bool, max_bytes: int | None, jobs: int, keep_source: bool
+) -> Job:
+    """Decide what goes where, and refuse what cannot be done.
+
+    Args:
+        model: ``demo``, a folder or a Hub id.
+        plan: A plan for this very model.
+        out: The folder to make.
+        force: Whether ``out`` may exist.
+        max_bytes: Largest safetensors file.
+        jobs: Shards written at once.
+        keep_source: Whether downloads stay.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        CheckpointError: If the source is incomplete or damaged, or a router holds NaN, or there is no such model.
+        ExportError: If ``out`` exists, or a disk is too small.
+    """
+    located = locate(model)
+    source = replace(open_source(located.folder), name=str(model))
+    checkpoint = source.checkpoint
+    plan.check(source.facts)
+    shards = lay_out(
+        plan_outputs(checkpoint.tensors, roles=source.roles, plan=plan, mtp=source.mtp),
+        metadata=checkpoint.metadata,
+        tensors_in=Counter(tensor.file for tensor in checkpoint.tensors.values()),
+        max_bytes=max_bytes,
+    )
+    written = (tensor for shard in shards for tensor in shard.tensors)
+    configs = remapped_configs(_config(source, plan), source=source, plan=plan, outputs=written)
+    check_target(out, source=checkpoint.path, force=force)
+    key = job_of(checkpoint, plan=plan, shards=shards, commit=located.commit)
+    earlier = read_finished(partial_of(out), job=key, shards=shards)
+    job = Job(source, located, plan, out, shards, configs, key, earlier)
+    _check_room(job, jobs=jobs, keep_source=keep_source)
+    pruned_before(checkpoint)  # goes into the manifest: refused now rather than in the last step
+    job.check_values()
+    return job
+
+
+def _check_room(job: Job, *, jobs: int, keep_source: bool) -> None:
+    downloads = job.to_download.values()
+    needed = bytes_to_store(job.unfinished, missing=job.located.missing)
+    if not keep_source:
+        needed += min(sum(downloads), jobs * max(downloads, default=0))
+    check_space(job.out, needed, partial=job.partial, keep=job.earlier or {})
+    if keep_source and downloads:
+        check_cache_space(sum(downloads), beside=needed, out=job.out)
+
+
+def _config(source: Source, plan: Plan) -> dict[str, Any]:
+    return prune_config_json(
+        source.checkpoint.config,
+        source.anatomy,
+        num_experts=plan.num_experts,
+        top_k=plan.top_k,
+        n_group=plan.n_group,
+    )
