@@ -194,7 +194,7 @@ def test_random_headers_over_data(folder, header, data):
     judge(folder / "x.safetensors", with_length(json.dumps(header).encode()) + bytes(data))
 
 
-@settings(bounded, max_examples=1000)
+@settings(bounded, max_examples=600)
 @given(content=damaged_files())
 def test_damaged_files(folder, content):
     judge(folder / "x.safetensors", content)
