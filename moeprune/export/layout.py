@@ -145,12 +145,12 @@ def _header(tensors: Sequence[OutputTensor], metadata: dict[str, str]) -> bytes:
     File systems that share blocks between files can do so only where source and target agree on where a block begins.
     """
     header = encode_header(((t.name, t.source.dtype, t.shape, t.num_bytes) for t in tensors), metadata)
-    spaces = (_favourite_phase(tensors) - len(header)) % BLOCK_BYTES
+    spaces = (_favourite_phase(tensors, default=len(header)) - len(header)) % BLOCK_BYTES
     return struct.pack("<Q", len(header) - 8 + spaces) + header[8:] + b" " * spaces
 
 
-def _favourite_phase(tensors: Sequence[OutputTensor]) -> int:
-    """Where in a block the data should begin: the multiple of 8 at which most bytes can be shared."""
+def _favourite_phase(tensors: Sequence[OutputTensor], *, default: int) -> int:
+    """Where in a block the data should begin: the multiple of 8 at which most bytes can be shared, if any can."""
     gains: Counter[int] = Counter()
     position = 0
     for tensor in tensors:
@@ -162,4 +162,4 @@ def _favourite_phase(tensors: Sequence[OutputTensor]) -> int:
             gains[(piece.start - offset) % BLOCK_BYTES] += length
             offset += length
         position += tensor.num_bytes
-    return max((phase for phase in gains if phase % ALIGNMENT == 0), key=lambda phase: gains[phase], default=0)
+    return max((phase for phase in gains if phase % ALIGNMENT == 0), key=lambda phase: gains[phase], default=default)

@@ -21,6 +21,7 @@ from moeprune.anatomy.source import open_source
 from moeprune.checkpoint.header import read_header
 from moeprune.errors import ExportError, PlanError
 from moeprune.export import export as export_module
+from moeprune.export import prepare
 from moeprune.export.copying import is_sparse
 from moeprune.export.export import ExportSummary, export_checkpoint, other_files
 from moeprune.export.layout import parse_size
@@ -376,7 +377,7 @@ def bytes_asked_for(source: Path, out: Path, monkeypatch) -> int:
     """The bytes that an export asks of the disk."""
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "check_space", lambda out, needed, **rest: asked.append(needed))
+        patch.setattr(prepare, "check_space", lambda out, needed, **rest: asked.append(needed))
         export(source, out, dry_run=True)
     return asked[0]
 

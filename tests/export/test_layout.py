@@ -117,6 +117,11 @@ def test_the_header_brings_the_data_to_where_blocks_begin_in_the_source():
     assert len(shard.header) < 2 * BLOCK_BYTES
 
 
+def test_a_header_is_not_padded_where_nothing_can_be_shared():
+    (shard,) = laid_out(outputs_of([50]), None, a=1)
+    assert len(shard.header) == len(shard.header.rstrip()) + -len(shard.header.rstrip()) % 8
+
+
 def test_the_data_begins_at_a_multiple_of_8_even_if_the_source_does_not():
     info = TensorInfo("w", "U8", (20 * BLOCK_BYTES,), FILES[0], 113, 20 * BLOCK_BYTES + 113)
     tensors = [OutputTensor("v", info, info.shape)]
