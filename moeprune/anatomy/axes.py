@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,14 @@ def _own_tensors(
 
 def _pattern(name: str, number: re.Match[str]) -> str:
     return f"{name[: number.start(1)]}*{name[number.end(1) :]}"
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of a state dict, those of one tensor together: tied tensors have several."""
+    by_identity: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_identity[id(tensor)].append(name)
+    return list(by_identity.values())
 
 
 def decoder_layer_of(model: nn.Module, name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeprune.anatomy.axes import tied_names
 from moeprune.anatomy.companions import ExpertPart, check_companions
 from moeprune.anatomy.quirks.two_towers import other_tower
 from moeprune.anatomy.roles import OneExpert, Role, Towers
@@ -83,23 +84,23 @@ def check_complete(anatomy: Anatomy, seen: Seen) -> None:
         check_companions(expert_weights, stored=seen.quantised, num_experts=anatomy.num_experts.value, where=where)
         return
     # Several stored tensors may become one (gate and up projections), so that names alone do not show that one is gone.
-    for name, tensor in anatomy.skeleton.state_dict().items():
+    state = anatomy.skeleton.state_dict()
+    for names in tied_names(anatomy.skeleton):
+        name = names[0]
         axis = anatomy.axes.get(name)
         if axis is None or (axis.extra and any(key == name for key, _ in seen.experts)):
             continue
-        if seen.elements[name] != tensor.numel():
+        found = sum(seen.elements[one] for one in names)
+        if found != state[name].numel():
             raise CheckpointError(
-                f"{seen.folder}: the stored tensors that become {name!r} have {seen.elements[name]} elements, the "
-                f"model has {tensor.numel()}. Download the checkpoint again."
+                f"{seen.folder}: the stored tensors that become {name!r} have {found} elements, the model has "
+                f"{state[name].numel()}. Download the checkpoint again."
             )
 
 
 def _check_names(anatomy: Anatomy, seen: Seen) -> None:
-    by_identity: dict[int, set[str]] = defaultdict(set)
-    for name, tensor in anatomy.skeleton.state_dict(keep_vars=True).items():
-        by_identity[id(tensor)].add(name)
-    for names in by_identity.values():  # tied tensors share one stored copy
-        if not names & seen.names:
+    for names in tied_names(anatomy.skeleton):  # tied tensors share one stored copy
+        if seen.names.isdisjoint(names):
             raise CheckpointError(
                 f"{seen.folder}: no stored tensor for {min(names)!r} of the model. Download the checkpoint again."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from moeprune.anatomy.anatomy import ExpertAxis, MoeLayer, OwnTensor
-from moeprune.anatomy.axes import FoundAxis, FoundOwn, decoder_layer_of
+from moeprune.anatomy.axes import FoundAxis, FoundOwn, decoder_layer_of, tied_names
 from moeprune.errors import UnsupportedModelError
 
 
@@ -43,12 +44,15 @@ def group_layers(
     for tensor in own:
         by_layer[decoder_layer_of(skeleton, tensor.name)].experts.add(tensor.name[: tensor.start].rpartition(".")[0])
     shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
-    for axis in found:
+    # Two stacks of layers may share their weights; the second is then the first under other names.
+    same = {other: names[0] for names in tied_names(skeleton) for other in names[1:]}
+    own_axes = [axis for axis in found if axis.name not in same]
+    for axis in own_axes:
         parts = by_layer[decoder_layer_of(skeleton, axis.name)]
         parts.axes.append(axis)
         if len(shapes[axis.name]) > 2 or axis.rows > 1:
             parts.experts.add(_parent(axis.name))
-    for axis in found:
+    for axis in own_axes:
         parts = by_layer[decoder_layer_of(skeleton, axis.name)]
         # A router's weight is a matrix with one row an expert, and so are the biases of fused experts.
         if len(shapes[axis.name]) == 2 and 1 not in shapes[axis.name] and _parent(axis.name) not in parts.experts:
@@ -61,6 +65,9 @@ def group_layers(
         for axis in parts.axes:
             layer = _owner(axis.name, made)
             axes[axis.name] = ExpertAxis(axis.name, layer.name, axis.dim, axis.rows, axis.extra)
+    axes |= {
+        axis.name: dataclasses.replace(axes[same[axis.name]], name=axis.name) for axis in found if axis.name in same
+    }
     own_tensors = {t.name: OwnTensor(t.name, _owner(t.name, layers).name, t.expert, t.start, t.stop) for t in own}
     return tuple(layers), axes, own_tensors
 

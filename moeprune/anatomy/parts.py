@@ -37,7 +37,7 @@ class PartFinder:
         self._experts = tuple(f"{layer.experts}." for layer in anatomy.layers)
         self._routers = tuple(f"{layer.router}." for layer in anatomy.layers)
         self._text = _text_tower(anatomy)
-        inputs, head = id(model.get_input_embeddings()), id(model.get_output_embeddings())
+        inputs, head = _tables(model)
         paths = {id(module): f"{path}." for path, module in model.named_modules()}
         self._tables = {paths[m]: part for m, part in ((head, "output head"), (inputs, "embeddings")) if m in paths}
 
@@ -97,3 +97,12 @@ def _text_tower(anatomy: Anatomy) -> str:
         if type(getattr(module, "config", None)) is type(text) and router.startswith(f"{name}."):
             return f"{name}."
     return ""
+
+
+def _tables(model: Any) -> tuple[int, int]:
+    """Identities of the input embedding and the output head."""
+    try:
+        return id(model.get_input_embeddings()), id(model.get_output_embeddings())
+    except NotImplementedError:  # several models in one (Qwen3-Omni): the first reads text
+        inner = next(iter(model.children()))
+        return id(inner.get_input_embeddings()), id(inner.get_output_embeddings())

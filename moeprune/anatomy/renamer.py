@@ -45,6 +45,11 @@ class Renamer:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
 
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether the loader stacks tensors of single experts."""
+        return any("experts" in pattern and "*" in pattern for c in self._converters for pattern in c.source_patterns)
+
     def __call__(self, key: str) -> Renamed:
         """What the loader makes of ``key``."""
         from transformers.core_model_loading import rename_source_key

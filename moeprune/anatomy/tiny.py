@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
+from moeprune.anatomy import names
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 VOCAB = 97
 # Sizes differ wherever the architecture lets them, so that a transposed or mixed-up axis cannot go unseen.
 SIZES: dict[str, int] = {
-    "vocab_size": VOCAB, "mel_vocab_size": 16, "codebook_size": 16, "ngram_vocab_size_base": 50,
+    "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
+    "mel_vocab_size": 16, "codebook_size": 16, "ngram_vocab_size_base": 50,
     "hidden_size": 32, "d_model": 32, "decoder_dim": 32, "vision_hidden_size": 32, "text_hidden_size": 32,
     "out_hidden_size": 32, "out_dim": 32, "output_dim": 32, "thinker_hidden_size": 32, "audio_hidden_size": 32,
     "projector_hidden_size": 32,
@@ -60,6 +65,8 @@ ROUTING: dict[str, int] = {
     "moe_num_shared_experts": 1, "expert_capacity": 64,
 }  # fmt: skip
 
+# Set even where a config's default is none of them: without these there are no experts.
+NEEDED = frozenset({*names.NUM_EXPERTS, *names.TOP_K, "moe_intermediate_size"})
 # Left to the config class where it computes them from others.
 DERIVED = frozenset({"head_dim", "qk_head_dim"})
 # What a name alone does not tell, by model type (or class, where there is none) of the config or of one inside it.
@@ -70,12 +77,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": _FOUR_LAYERS | {"num_experts_per_tok": TOP_K},
     "deepseek_v2": {"num_experts_per_tok": TOP_K},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "hash_moe", "moe"]},
+    "dots1": {"n_shared_experts": 1},
     "dots3_note_audio_encoder": {"adapter_out_dim": 32, "num_key_value_heads": 4},
     "dots3_note_text": {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 20, "swa_kv_lora_rank": 12,
         "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "num_key_value_heads": 4, "head_dim": 12,
     },
     "dots3_note_vision_encoder": {"num_hidden_layers": 42, "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "diffusion_gemma_text": {"enable_moe_block": True},
+    "gemma4_text": {"enable_moe_block": True},
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [24, 20],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]},
@@ -94,6 +104,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"hidden_sizes": [8, 8, 12, 12], "depths": [1, 1, 1, 1]},
     "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
     "nemotron3_diarization_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
     "radio": {"video_temporal_patch_size": 2},
     "phimoe": {"num_experts_per_tok": 2},
@@ -118,6 +129,25 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     return config_class(**(_shrunk(config_class()) | changes))
 
 
+def sub_configs_of(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedConfig]]:
+    """The classes of the configs inside a config, as its defaults fill them in; as it names them if it has none."""
+    named = dict(getattr(config_class, "sub_configs", {}))
+    if not named:
+        return []
+    try:
+        filled = vars(config_class())
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+    ):  # not to be made from defaults alone
+        filled = {}
+    parts = [type(filled[name]) if filled.get(name) is not None else part for name, part in named.items()]
+    return [part for part in parts if dataclasses.is_dataclass(part)]
+
+
 def _shrunk(config: Any) -> dict[str, Any]:
     """Arguments that make a small config of the class of ``config`` (default values)."""
     small: dict[str, Any] = {}
@@ -131,6 +161,8 @@ def _shrunk(config: Any) -> dict[str, Any]:
                 small[name] = _shrunk(value) | ({"model_type": value.model_type} if value.model_type else {})
         elif isinstance(value, dict) and {"moe_num_experts"} & value.keys():
             small[name] = {key: (SIZES | ROUTING).get(key, item) for key, item in value.items()}
+        elif value is None and name in NEEDED:
+            small[name] = (ROUTING | SIZES)[name]
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         elif name.endswith(("_token_id", "_token_index", "_bos_id", "_eos_id", "_pad_id")) and value >= VOCAB:

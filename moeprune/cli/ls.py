@@ -10,16 +10,23 @@ from moeprune.cli.options import Json, print_json
 
 
 def ls(
-    kind: Annotated[str, typer.Argument(metavar="scores|recipes|tasks|data", help="What to list.")],
+    kind: Annotated[str, typer.Argument(metavar="families|formats|scores|recipes|tasks|data", help="What to list.")],
     as_json: Json = False,
 ) -> None:
-    """List what moeprune knows: scores, shipped recipes, offline tasks, calibration text of the embedded model.
+    """List what moeprune knows: model families, stored formats, scores, recipes, offline tasks, calibration text.
 
-    Example: `moeprune ls scores`
+    Example: `moeprune ls families`
     """
     from moeprune.errors import MoePruneError, did_you_mean
 
-    listers = {"scores": _scores, "recipes": _recipes, "tasks": _tasks, "data": _data}
+    listers = {
+        "families": _families,
+        "formats": _formats,
+        "scores": _scores,
+        "recipes": _recipes,
+        "tasks": _tasks,
+        "data": _data,
+    }
     if kind not in listers:
         raise MoePruneError(f"cannot list {kind!r}. {did_you_mean(kind, listers)}")
     rows = listers[kind]()
@@ -29,6 +36,21 @@ def ls(
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         typer.echo(f"{row['name']:<{width}}  {'  '.join(str(v) for k, v in row.items() if k != 'name')}")
+
+
+def _families() -> list[dict[str, Any]]:
+    from moeprune.families import list_families
+
+    return [
+        {"name": family.model_type, "support": "; ".join([family.router, *family.notes]) or f"no: {family.reason}"}
+        for family in list_families()
+    ]
+
+
+def _formats() -> list[dict[str, Any]]:
+    from moeprune.anatomy.formats import format_rows
+
+    return format_rows()
 
 
 def _scores() -> list[dict[str, Any]]:
