@@ -25,9 +25,9 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
         lines = describe_gguf(model, facts)
     else:
         from moeprune.anatomy.inspect import inspect_model
-        from moeprune.checkpoint.folder import resolve_model
+        from moeprune.checkpoint.hub import locate
 
-        facts = inspect_model(resolve_model(model))
+        facts = inspect_model(locate(model).folder)
         lines = [*_lines(model, facts), "", *_parts(facts), "", *_pruned(facts)]
     if as_json:
         print_json(facts)

@@ -10,11 +10,13 @@ import huggingface_hub
 import pytest
 import transformers
 from huggingface_hub import constants, snapshot_download
+from typer.testing import CliRunner
 
 from moeprune.checkpoint import hub as hub_module
 from moeprune.checkpoint.folder import open_checkpoint, resolve_model
 from moeprune.checkpoint.header import read_header
 from moeprune.checkpoint.hub import SAMPLE_BYTES, Located, locate, split_id
+from moeprune.cli import app
 from moeprune.errors import CheckpointError
 from tests.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, hub
 from tests.models import FAMILIES, save
@@ -286,3 +288,12 @@ def test_a_whole_download_takes_no_other_formats(hub: FakeHub, large):
     assert {path.name for path in folder.iterdir()} == {path.name for path in large.iterdir()} - {"pytorch_model.bin"}
     assert open_checkpoint(folder).fingerprint() == open_checkpoint(large).fingerprint()
     assert resolve_model(f"org/model@{COMMIT}") == folder
+
+
+def test_inspecting_needs_no_download(hub: FakeHub, large):
+    hub.add("org/model", large)
+    answers = [CliRunner().invoke(app, ["inspect", model, "--json"]) for model in ("org/model", str(large))]
+    assert [answer.exit_code for answer in answers] == [0, 0]
+    there, here = (json.loads(answer.stdout) for answer in answers)
+    assert there | {"path": ""} == here | {"path": ""}
+    assert None not in [wanted for _, wanted in hub.bytes_of()]
