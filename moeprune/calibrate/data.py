@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
+from moeprune.calibrate.rows import Rows as Rows
 from moeprune.checkpoint.load import long_texts
 from moeprune.data_spec import LOCAL_FORMATS, DataSpec
 from moeprune.errors import DataError, did_you_mean
@@ -19,26 +18,6 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("text", "content", "messages", "conversations", "prompt")
 SHUFFLE_BUFFER = 10_000
-
-
-class Rows:
-    """Packed token rows of one domain.
-
-    Attributes:
-        domain: Its name.
-        ids: Token ids, (rows, length).
-        mask: True where a token is text; only the end of the last row may be padding.
-    """
-
-    def __init__(self, domain: str, ids: Int[Tensor, "rows length"], mask: Bool[Tensor, "rows length"]):
-        self.domain = domain
-        self.ids = ids
-        self.mask = mask
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of text, padding excluded."""
-        return int(self.mask.sum())
 
 
 def read_domain(
