@@ -17,9 +17,12 @@ from conversion.base import TextModel  # noqa: E402  # type: ignore[import-not-f
 
 TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 if not Path(model, "tokenizer_config.json").is_file():
-    for name in dir(TextModel):
-        if name.startswith("_set_vocab_"):
-            setattr(TextModel, name, lambda *_: None)
-    TextModel.get_vocab_base = lambda *_: ([], [], "gpt-2")
+    prepare = TextModel.prepare_metadata
+
+    def without_vocabulary(self: TextModel, *args: object, **options: object) -> None:
+        type(self).set_vocab = lambda _: None
+        prepare(self, *args, **options)
+
+    TextModel.prepare_metadata = without_vocabulary
 sys.argv = ["convert_hf_to_gguf.py", model, "--outfile", out, "--outtype", kind]
 runpy.run_path(str(Path(llama_cpp, "convert_hf_to_gguf.py")), run_name="__main__")
