@@ -186,7 +186,7 @@ def to_markdown(families: list[Family]) -> str:
     release = version("transformers")
     yes, no = [f for f in families if f.prunable], [f for f in families if not f.prunable]
     lines = [
-        f"Of the {len(families)} model types with experts in transformers {version('transformers')}, {len(yes)} can "
+        f"Of the {len(families)} model types with experts in transformers {release}, {len(yes)} can "
         "be pruned as they are.",
         "",
         "| model type | router | stored | statistics | notes |",

@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from moeprune.anatomy.anatomy import Anatomy
-from moeprune.anatomy.names import N_GROUP, ConfigField, find_field, text_config_of
+from moeprune.anatomy.names import N_GROUP, NUM_MTP, ConfigField, find_field, text_config_of
 from moeprune.anatomy.skeleton import with_value
 
 if TYPE_CHECKING:
@@ -37,7 +37,13 @@ def prune_config(anatomy: Anatomy, *, num_experts: int, top_k: int, n_group: int
 
 
 def prune_config_json(
-    raw: dict[str, Any], anatomy: Anatomy, *, num_experts: int, top_k: int, n_group: int | None = None
+    raw: dict[str, Any],
+    anatomy: Anatomy,
+    *,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None = None,
+    mtp: str = "prune",
 ) -> dict[str, Any]:
     """A copy of config.json with the counts of a plan under every name that a reader may look for.
 
@@ -51,6 +57,7 @@ def prune_config_json(
         top_k: Active experts a token.
         n_group: 1 turns group-limited routing off, by ``n_group = topk_group = 1``: llama.cpp refuses equal numbers
             above 1 (src/llama-model.cpp:1369 at ggml 0.25.3). None leaves the groups as they are.
+        mtp: ``"drop"`` sets the number of multi-token prediction layers to 0.
     """
     config = copy.deepcopy(raw)
     anatomy.num_experts.write(config, num_experts)
@@ -60,6 +67,9 @@ def prune_config_json(
             field.write(config, n_group)
             if field.within(config).get("topk_method") == GROUPED_METHOD:
                 field.within(config)["topk_method"] = PLAIN_METHOD
+    if mtp == "drop":
+        for holder in (config, anatomy.num_experts.within(config)):
+            holder |= dict.fromkeys(holder.keys() & set(NUM_MTP), 0)
     return config
 
 

@@ -145,7 +145,7 @@ def sub_configs_of(config_class: type[PreTrainedConfig]) -> list[type[PreTrained
     ):  # not to be made from defaults alone
         filled = {}
     parts = [type(filled[name]) if filled.get(name) is not None else part for name, part in named.items()]
-    return [part for part in parts if dataclasses.is_dataclass(part)]
+    return [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
 
 
 def _shrunk(config: Any) -> dict[str, Any]:

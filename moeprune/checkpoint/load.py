@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeprune.checkpoint.unloaded import is_expected
 from moeprune.errors import CheckpointError, MoePruneError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     model, info = loaded
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not is_expected(key, config)]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             shown = ", ".join(str(key) for key in sorted(info[kind], key=str)[:3])

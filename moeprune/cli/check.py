@@ -80,6 +80,7 @@ def gather(target: str, *, model: str | None = None) -> tuple[DeployFacts, str |
         num_experts=plan.num_experts,
         top_k=plan.top_k,
         n_group=plan.n_group,
+        mtp=plan.mtp,
     )
     return facts_of_config(raw, model=plan.model, most=plan.model.num_experts), None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeprune.cli.options import Force, Json, ModelArgument, Quiet, print_json
+from moeprune.cli.options import Force, Json, ModelArgument, Mtp, Quiet, print_json
 
 if TYPE_CHECKING:
     from moeprune.export.summary import ExportSummary
@@ -40,6 +40,12 @@ def export(
             "needs room for the result and `--jobs` files."
         ),
     ] = True,
+    mtp: Annotated[
+        Mtp | None,
+        typer.Option(
+            help="Multi-token prediction layers: pruned like the last layer, or left out.", show_default="as planned"
+        ),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -64,6 +70,7 @@ def export(
     from moeprune.plan.plan import Plan
 
     made = Plan.load(plan)
+    made = made.model_copy(update={"mtp": mtp}) if mtp else made
     summary = export_checkpoint(
         model, plan=made, out=out, force=force, dry_run=dry_run, quiet=quiet, max_shard_size=max_shard_size, jobs=jobs,
         link=link, keep_source=keep_source,

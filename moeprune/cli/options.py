@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,3 +32,6 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 
     if path.exists() and not force:
         raise MoePruneError(f"{path}: exists. Choose another name, or replace it with --force.")
+
+
+Mtp = Literal["prune", "drop"]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeprune.cli.deploy_options import NAMES, Ep, Gpu, Redundant, Tp
-from moeprune.cli.options import Force, Json, Quiet, Seed, print_json, refuse_existing
+from moeprune.cli.options import Force, Json, Mtp, Quiet, Seed, print_json, refuse_existing
 
 
 def plan(
@@ -29,6 +29,9 @@ def plan(
             help="Turn group-limited routing off: any kept experts may be combined.",
         ),
     ] = False,
+    mtp: Annotated[
+        Mtp, typer.Option(help="Multi-token prediction layers: pruned like the last layer, or left out.")
+    ] = "prune",
     engine: Annotated[
         list[str] | None,
         typer.Option("--for", metavar="ENGINE", help=f"Choose a number that this engine serves well: {NAMES}."),
@@ -69,6 +72,7 @@ def plan(
         seed=seed,
         stats_sha256=sha256_file(stats),
     )
+    made = made.model_copy(update={"mtp": mtp})
     made.save(out)
     if as_json:
         print_json(made.model_dump(mode="json"))

@@ -165,4 +165,5 @@ def _config(source: Source, plan: Plan) -> dict[str, Any]:
         num_experts=plan.num_experts,
         top_k=plan.top_k,
         n_group=plan.n_group,
+        mtp=plan.mtp,
     )

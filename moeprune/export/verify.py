@@ -6,7 +6,7 @@ logits come from two models that transformers loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from moeprune.anatomy.derive import derive_anatomy
+from moeprune.anatomy.roles import AllExperts, ExpertIds, OneExpert, Towers
 from moeprune.anatomy.source import Source, open_source
-from moeprune.anatomy.stored import AllExperts, OneExpert
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
 from moeprune.checkpoint.load import load_model
 from moeprune.errors import CheckpointError, VerifyError
@@ -164,17 +164,45 @@ def _expected(source: Source, plan: Plan) -> Iterator[tuple[str, str, Callable[[
     """(source key, key in the pruned checkpoint, what is done to the tensor) for all that must be there."""
     import torch
 
-    keep = plan.keep
+    keep, before, after = plan.keep, plan.model.num_experts, plan.num_experts
     for key in source.checkpoint.tensors:
         role = source.roles.get(key)
+        if key in source.mtp and plan.mtp == "drop":
+            continue
         if isinstance(role, OneExpert):
-            if role.expert in keep[role.layer]:
-                yield key, role.renumbered(key, keep[role.layer].index(role.expert)), lambda tensor: tensor
+            # Behind the experts there may be entries that are none, and that stay.
+            order = [*keep[role.layer], *range(before, role.expert + 1)]
+            if role.expert in order:
+                yield key, role.renumbered(key, order.index(role.expert) + role.tower * after), lambda tensor: tensor
         elif isinstance(role, AllExperts):
-            index = torch.tensor(keep[role.layer])
+            rows = [i * role.rows + row for i in keep[role.layer] for row in range(role.rows)]
+            index = torch.tensor(rows + [before * role.rows + row for row in range(role.extra)])
             yield key, key, lambda tensor, dim=role.dim, index=index: tensor.index_select(dim, index)
+        elif isinstance(role, Towers):
+            yield key, key, lambda tensor, role=role: _towers(tensor, role, keep)
+        elif isinstance(role, ExpertIds):
+            yield key, key, lambda tensor, ids=keep[role.layer]: _renamed_ids(tensor, ids, plan.top_k)
         else:
             yield key, key, lambda tensor: tensor
+
+
+def _towers(tensor: Tensor, role: Towers, keep: Mapping[str, Sequence[int]]) -> Tensor:
+    import torch
+
+    parts = zip(tensor.split(1), role.layers, strict=True)
+    return torch.cat([part.index_select(role.dim, torch.tensor(keep[layer])) for part, layer in parts])
+
+
+def _renamed_ids(table: Tensor, keep: Sequence[int], top_k: int) -> Tensor:
+    import torch
+
+    new = {expert: number for number, expert in enumerate(keep)}
+    rows = []
+    for token, ids in enumerate(table.tolist()):
+        row = [new[expert] for expert in ids if expert in new]
+        turn = [(token + step) % len(keep) for step in range(len(keep))]
+        rows.append((row + [number for number in turn if number not in row])[:top_k])
+    return torch.tensor(rows, dtype=table.dtype)
 
 
 def _reader(stack: ExitStack) -> Callable[[Path, str], Tensor]:

@@ -201,6 +201,11 @@ def check_sizes(model: ModelFacts, *, num_experts: int, top_k: int, n_group: int
         raise PlanError(f"cannot keep {num_experts} experts a layer: {model.name} has {model.num_experts}.")
     if not 1 <= top_k <= model.top_k:
         raise PlanError(f"cannot use {top_k} active experts: expected 1 to {model.top_k}, the top-k of {model.name}.")
+    if model.top_k_fixed and top_k != model.top_k:
+        raise PlanError(
+            f"cannot use {top_k} active experts: {model.model_type} uses {model.top_k} whatever its config says. Prune "
+            "experts only."
+        )
     if top_k > num_experts:
         raise PlanError(
             f"cannot route to {top_k} of {num_experts} experts. Keep at least {top_k}, or lower --top-k to "

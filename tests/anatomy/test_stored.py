@@ -238,5 +238,5 @@ def test_the_source_carries_name_fingerprint_and_roles(tmp_path):
 def test_a_source_in_an_unknown_quantised_format_is_refused(tmp_path, value):
     folder = save("mixtral", tmp_path)
     edit_config(folder, quantization_config=value)
-    with pytest.raises(MoePruneError, match="quantiz|quantis"):
+    with pytest.raises(MoePruneError, match=r"quantiz|quantis"):
         open_source(folder)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from moeprune.anatomy.axes import EXPERT_NUMBER
 from moeprune.anatomy.companions import expert_dim
 from moeprune.anatomy.roles import AllExperts, OneExpert, Role
+from moeprune.checkpoint.unloaded import LAYER, is_mtp
 from moeprune.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from moeprune.anatomy.formats import StoredFormat
     from moeprune.checkpoint.header import TensorInfo
 
-MTP = re.compile(r"(?:^|[._])(?:mtp|nextn)(?:[._]|$)")
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 LIKE_EXPERTS = re.compile(r"(?:^|\.)(?:experts|gate|router)\.")
 WAY_OUT = "Leave these layers out with --mtp drop."
 
@@ -53,7 +52,7 @@ class MtpLayers:
             trunk: Roles of those that are.
         """
         num_layers = getattr(anatomy.text_config, "num_hidden_layers", None)
-        keys = frozenset(key for key in unknown if _is_mtp(key, num_layers))
+        keys = frozenset(key for key in unknown if is_mtp(key, num_layers))
         patterns: dict[str, Role] = {}
         for key, role in trunk.items() if keys else ():
             below = LAYER.search(key)
@@ -112,11 +111,6 @@ class MtpLayers:
     def _trunk_role(self, key: str) -> Role | None:
         ending = _starred(key)
         return next((role for pattern, role in self.patterns.items() if ending.endswith(f".{pattern}")), None)
-
-
-def _is_mtp(key: str, num_layers: int | None) -> bool:
-    layer = LAYER.search(key)
-    return bool(MTP.search(key)) or (layer is not None and num_layers is not None and int(layer.group(1)) >= num_layers)
 
 
 def _starred(key: str) -> str:
