@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from gguf import GGUFEndian, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moeprune.errors import CheckpointError, MoePruneError, UnsupportedModelError
+from moeprune.errors import CheckpointError, MissingDependencyError, MoePruneError, UnsupportedModelError
 from moeprune.gguf.file import open_gguf
 from moeprune.gguf.header import read_header
 from moeprune.gguf.model import read_model
+from moeprune.gguf.types import ggml_types
 from tests.gguf.files import FAMILIES, write_model
 
 QWEN = FAMILIES["qwen3moe"]
@@ -197,3 +199,14 @@ def test_any_damage_to_the_header_is_an_error_or_harmless(
     except MoePruneError:
         return
     assert all(0 < tensor.start <= tensor.end <= len(broken) for tensor in model.file.tensors.values())
+
+
+def test_without_the_gguf_package_the_extra_is_named(
+    whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    ggml_types.cache_clear()
+    with pytest.raises(MissingDependencyError, match=r"pip install 'moeprune\[gguf\]'"):
+        open_gguf(written(tmp_path, whole))
