@@ -69,19 +69,12 @@ def gather(target: str, *, model: str | None = None) -> tuple[DeployFacts, str |
     plan = Plan.load(Path(target))
     if model is None:
         return facts_of_model(plan.model, num_experts=plan.num_experts, top_k=plan.top_k, n_group=plan.n_group), None
-    from moeprune.anatomy.pruned_config import prune_config_json
     from moeprune.anatomy.source import open_source
+    from moeprune.export.prepare import pruned_config
 
     source = open_source(model)
     plan.check(source.facts)
-    raw = prune_config_json(
-        source.checkpoint.config,
-        source.anatomy,
-        num_experts=plan.num_experts,
-        top_k=plan.top_k,
-        n_group=plan.n_group,
-        mtp=plan.mtp,
-    )
+    raw = pruned_config(source, plan)
     return facts_of_config(raw, model=plan.model, most=plan.model.num_experts), None
 
 

@@ -30,20 +30,3 @@ def export_file(model: str, *, plan: Path, out: Path, dry_run: bool, force: bool
         )
         for warning in summary.warnings:
             typer.echo(f"warning: {warning}", err=True)
-
-
-def verify_file(path: Path, *, against: str | None, plan: Path | None, quiet: bool, as_json: bool) -> None:
-    """Compare a pruned GGUF file with its source and print the checks; exit status 1 if anything differs."""
-    from moeprune.gguf.verify import verify_gguf
-    from moeprune.plan.plan import Plan
-
-    checks = verify_gguf(path, against=against, plan=Plan.load(plan) if plan else None, quiet=quiet)
-    if as_json:
-        print_json([check.to_json() for check in checks])
-    elif not quiet:
-        for check in checks:
-            typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        typer.echo(f"error: {path}: {failed[0].name}: {failed[0].detail}", err=True)
-        raise typer.Exit(1)

@@ -27,16 +27,17 @@ def verify(
 
     Example: `moeprune verify demo-48x6 --against demo --plan plan.json`
     """
-    if folder.suffix == ".gguf":
-        from moeprune.cli.gguf import verify_file
-
-        verify_file(folder, against=against, plan=plan, quiet=quiet, as_json=as_json)
-        return
-    from moeprune.export.verify import verify_checkpoint
     from moeprune.plan.plan import Plan
 
     loaded = Plan.load(plan) if plan else None
-    checks = verify_checkpoint(folder, against=against, plan=loaded, device=device, quiet=quiet)
+    if folder.suffix == ".gguf":
+        from moeprune.gguf.verify import verify_gguf
+
+        checks = verify_gguf(folder, against=against, plan=loaded, quiet=quiet)
+    else:
+        from moeprune.export.verify import verify_checkpoint
+
+        checks = verify_checkpoint(folder, against=against, plan=loaded, device=device, quiet=quiet)
     if as_json:
         print_json([check.to_json() for check in checks])
     elif not quiet:

@@ -137,7 +137,7 @@ def prepare(
         max_bytes=max_bytes,
     )
     written = (tensor for shard in shards for tensor in shard.tensors)
-    configs = remapped_configs(_config(source, plan), source=source, plan=plan, outputs=written)
+    configs = remapped_configs(pruned_config(source, plan), source=source, plan=plan, outputs=written)
     check_target(out, source=checkpoint.path, force=force)
     key = job_of(checkpoint, plan=plan, shards=shards, commit=located.commit)
     earlier = read_finished(partial_of(out), job=key, shards=shards)
@@ -158,7 +158,8 @@ def _check_room(job: Job, *, jobs: int, keep_source: bool) -> None:
         check_cache_space(sum(downloads), beside=needed, out=job.out)
 
 
-def _config(source: Source, plan: Plan) -> dict[str, Any]:
+def pruned_config(source: Source, plan: Plan) -> dict[str, Any]:
+    """config.json of the pruned checkpoint, quantisation entries left as they are."""
     return prune_config_json(
         source.checkpoint.config,
         source.anatomy,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from moeprune.export.export import MANIFEST
 from moeprune.files import read_json
 from moeprune.plan.plan import Plan
 from moeprune.resources import DEMO
+from moeprune.verified import Check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +31,6 @@ if TYPE_CHECKING:
 
 PROBE_LENGTHS = (48, 17)
 NEW_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check and its outcome."""
-
-    name: str
-    passed: bool
-    detail: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The check as plain JSON."""
-        return asdict(self)
 
 
 def verify_checkpoint(

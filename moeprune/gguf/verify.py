@@ -6,7 +6,6 @@ Both files are read by the gguf package's own reader; which experts an axis shou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +20,10 @@ from moeprune.gguf.metadata import OURS, PLAN_KEY, recorded_plan
 from moeprune.gguf.model import GgufModel, read_model
 from moeprune.gguf.roles import Single
 from moeprune.plan.plan import Plan
+from moeprune.verified import Check
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check and its outcome."""
-
-    name: str
-    passed: bool
-    detail: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The check as plain JSON."""
-        return asdict(self)
 
 
 def verify_gguf(
