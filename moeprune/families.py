@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moeprune.anatomy.names import NUM_EXPERTS, NUM_MTP
 from moeprune.anatomy.quirks.extra_rows import EXTRA_ROWS
 from moeprune.errors import UnsupportedModelError
+from moeprune.files import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -201,3 +202,15 @@ def to_markdown(families: list[Family]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def write_record(docs: Path) -> None:
+    """Derive the table anew; write :data:`RECORD` and the part of docs/families.md that holds it."""
+    families = list(derive_families())
+    write_json(RECORD, to_record(families))
+    before, _, _ = docs.read_text(encoding="utf-8").partition("Of the ")
+    write_text(docs, before + to_markdown(families))
+
+
+if __name__ == "__main__":
+    write_record(Path(__file__).parents[1] / "docs" / "families.md")
