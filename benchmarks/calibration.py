@@ -11,7 +11,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.data import Rows
-from moeprune.calibrate.passes import collect_stats, run_decoder
+from moeprune.calibrate.decoder import run_decoder
+from moeprune.calibrate.passes import collect_stats
 
 ROWS, LENGTH, BATCH = 16, 512, 8
 
@@ -41,7 +42,7 @@ def measure(*, dtype: str, pairs: int) -> dict[str, Any]:
     def plain() -> None:
         with torch.inference_mode():
             for ids, mask in zip(rows.ids.split(BATCH), rows.mask.split(BATCH), strict=True):
-                run_decoder(model, ids, mask, None)
+                run_decoder(model, Rows(rows.domain, ids, mask))
 
     def observed() -> None:
         collect_stats(model, anatomy=anatomy, facts=facts, domains=[rows], batch_size=BATCH, quiet=True)

@@ -3,105 +3,137 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from benchmarks.caches import cached_share, cool, files_of, warm
+from benchmarks.checkpoints import qwen3_moe, read_config, write_checkpoint
+from benchmarks.processes import moeprune, run
+from benchmarks.rehearsal import STATS_SCRIPT
 
-KEEP = 0.75
+CONFIG = Path(__file__).parents[1] / "tests" / "anatomy" / "published" / "Qwen3-30B-A3B.json"
+LAYERS = {"half": 3, "whole": 7}  # 4.9 and 9.7 GB
+SHARD_BYTES = 2 * 10**9
+KEEP, TOP_K = 0.75, 6
+MOSTLY = 0.97
 EXPORT_SCRIPT = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
-from moeprune.export.export import export_checkpoint
-from moeprune.plan.plan import Plan
 import torch, transformers
 from transformers.models.qwen3_moe import modeling_qwen3_moe  # imported lazily: an import, not a part of the export
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-baseline = peak()
-begun = time.perf_counter()
-export_checkpoint(sys.argv[1], plan=Plan.load(Path(sys.argv[2])), out=Path(sys.argv[3]), force=True, quiet=True)
-print(json.dumps({"seconds": time.perf_counter() - begun, "baseline_mib": baseline, "peak_mib": peak()}))
+from moeprune.export.export import export_checkpoint
+from moeprune.plan.plan import Plan
+status = lambda key: next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith(key))
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
+baseline, begun = status("VmRSS"), time.perf_counter()
+export_checkpoint(sys.argv[1], plan=Plan.load(Path(sys.argv[2])), out=Path(sys.argv[3]), quiet=True)
+print(json.dumps({"seconds": time.perf_counter() - begun, "baseline_mib": baseline, "peak_mib": status("VmHWM")}))
 """
 
 
 def measure(*, folder: Path, pairs: int) -> dict[str, Any]:
-    """Alternate exports of a checkpoint of more than 2 GB with copies of the bytes that the export keeps.
+    """Alternate exports of a checkpoint of more than 8 GB with copies of the bytes that the export keeps.
+
+    Warm means that what is read is in the page cache before the clock starts, cold that it is not; both are checked. As
+    with ``cp`` alone, neither waits for the disk at the end.
 
     Args:
-        folder: Holds the checkpoints; needs about 7 GB.
-        pairs: Number of pairs.
+        folder: Holds the checkpoints; needs about 25 GB.
+        pairs: Number of pairs of each kind.
 
     Returns:
-        The median ratio of wall seconds with its range, and the peak resident memory over that after the imports.
+        The median ratio of wall seconds with its range, cold and warm, and the peak resident memory over that after the
+        imports, for this checkpoint and one of half the size.
     """
-    source, plan, out, copy = folder / "source", folder / "plan.json", folder / "out", folder / "copy"
-    _make_checkpoint(source)
-    _make_plan(source, plan)
-    first = _export(source, plan, out)
-    kept = sum(file.stat().st_size for file in out.iterdir())
-    runs, ratios = [first], []
-    for pair in range(pairs):
-        seconds = {}
-        for what in ("export", "cp") if pair % 2 == 0 else ("cp", "export"):
-            if what == "export":
-                runs.append(_export(source, plan, out))
-                seconds[what] = runs[-1]["seconds"]
-            else:
-                seconds[what] = _copy(out, copy)
-        ratios.append(seconds["export"] / seconds["cp"])
-        last_cp = seconds["cp"]
+    memory = {}
+    for name, layers in LAYERS.items():
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        shutil.rmtree(folder / "source", ignore_errors=True)
+        source_bytes = _make_checkpoint(folder / "source", layers=layers)
+        _make_plan(folder / "source", folder)
+        first = _export(folder)
+        memory[name] = {
+            "source_bytes": source_bytes,
+            "baseline_mib": round(first["baseline_mib"]),
+            "peak_mib_over_imports": round(first["peak_mib"] - first["baseline_mib"], 1),
+        }
+    kept = files_of(folder / "out")
+    shutil.copytree(folder / "out", folder / "kept")  # what cp copies: the export's own output comes and goes
     return {
         "measured": "export / cp of the kept bytes, wall seconds",
-        "source_bytes": sum(file.stat().st_size for file in source.iterdir()),
-        "kept_bytes": kept,
+        "source_bytes": memory["whole"]["source_bytes"],
+        "kept_bytes": sum(file.stat().st_size for file in kept),
+        "shards": sum(file.suffix == ".safetensors" for file in kept),
         "pairs": pairs,
-        "export_seconds": round(statistics.median(run["seconds"] for run in runs), 2),
-        "cp_seconds_last": round(last_cp, 2),
-        "median_ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
-        "peak_mib_over_imports": round(max(run["peak_mib"] - run["baseline_mib"] for run in runs), 1),
+        "warm": _compare(folder, pairs=pairs, prepare=warm, expected=lambda share: share >= MOSTLY),
+        "cold": _compare(folder, pairs=pairs, prepare=cool, expected=lambda share: share <= 1 - MOSTLY),
+        "memory": memory,
     }
 
 
-def _make_checkpoint(folder: Path) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=8192, hidden_size=1024, num_hidden_layers=6, num_experts=64, num_experts_per_tok=8,
-        moe_intermediate_size=960, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=4, head_dim=128,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Qwen3MoeForCausalLM(config)
-    finally:
-        torch.set_default_dtype(previous)
-    model.save_pretrained(folder, max_shard_size="1GB")
+def _compare(
+    folder: Path, *, pairs: int, prepare: Callable[[list[Path]], None], expected: Callable[[float], bool]
+) -> dict[str, Any]:
+    runs: list[tuple[float, float]] = []
+    shares: list[float] = []
+    works = {
+        "export": (folder / "source", lambda: _export(folder)["seconds"]),
+        "cp": (folder / "kept", lambda: _copy(folder / "kept", folder / "copy")),
+    }
+    for pair in range(pairs):
+        seconds = {}
+        for what in ("export", "cp") if pair % 2 == 0 else ("cp", "export"):
+            read, work = works[what]
+            for written in ("out", "copy"):
+                shutil.rmtree(folder / written, ignore_errors=True)
+            os.sync()
+            for other, _ in works.values():
+                cool(files_of(other))
+            prepare(files_of(read))
+            shares.append(cached_share(files_of(read)))
+            if not expected(shares[-1]):
+                raise RuntimeError(f"{shares[-1]:.1%} of {read} are in the page cache: too little memory, or too much")
+            seconds[what] = work()
+        runs.append((seconds["export"], seconds["cp"]))
+    ratios = sorted(export / copy for export, copy in runs)
+    return {
+        "median_ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "export_seconds": round(statistics.median(export for export, _ in runs), 2),
+        "cp_seconds": round(statistics.median(copy for _, copy in runs), 2),
+        "cached_before": [round(min(shares), 3), round(max(shares), 3)],
+    }
 
 
-def _make_plan(source: Path, path: Path) -> None:
-    from moeprune.anatomy.source import open_source
-    from moeprune.calibrate.stats import Stats
-    from moeprune.plan.uniform import make_plan
+def _make_checkpoint(folder: Path, *, layers: int) -> int:
+    config = read_config(CONFIG) | {"num_hidden_layers": layers, "max_window_layers": layers}
+    tensors = list(qwen3_moe(config))
+    total = sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for _, _, shape in tensors)
+    return write_checkpoint(
+        folder, config=config, tensors=tensors, num_shards=max(1, round(total / SHARD_BYTES)), sparse=False
+    )
 
-    stats = Stats.zeros(open_source(source).facts, domains=["none"])
-    stats.tokens[:] = 1
-    make_plan(stats, score="random", keep=KEEP, top_k=6).save(path)
+
+def _make_plan(source: Path, folder: Path) -> None:
+    stats, plan = folder / "stats.safetensors", folder / "plan.json"
+    plan.unlink(missing_ok=True), stats.unlink(missing_ok=True)
+    run(sys.executable, "-c", STATS_SCRIPT, source, stats)
+    moeprune("plan", stats, "--score", "random", "--keep", KEEP, "--top-k", TOP_K, "--out", plan, "--quiet")
 
 
-def _export(source: Path, plan: Path, out: Path) -> dict[str, float]:
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", EXPORT_SCRIPT, str(source), str(plan), str(out)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def _export(folder: Path) -> dict[str, float]:
+    command = [folder / "source", folder / "plan.json", folder / "out"]
+    return json.loads(run(sys.executable, "-c", EXPORT_SCRIPT, *command).output.splitlines()[-1])
 
 
 def _copy(source: Path, target: Path) -> float:
-    shutil.rmtree(target, ignore_errors=True)
     begun = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     return time.perf_counter() - begun
