@@ -1,25 +1,32 @@
 """See what every routed expert does, in the forward pass that the model does anyway.
 
 The observer sees the model's real selection and weights, whatever its router does. No expert runs on a token that the
-model would not have run it on, and no bit of the model's results changes. How this is done depends on the way in which
-a module holds its experts; :mod:`moeprune.calibrate.experts` has one file for each.
+model would not have run it on, except on the sample of level ``full``, and no bit of the model's results changes. How
+this is done depends on the way in which a module holds its experts; :mod:`moeprune.calibrate.experts` has one file for
+each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moeprune.anatomy.anatomy import Anatomy
 from moeprune.calibrate.experts import kind_of
 from moeprune.calibrate.experts.seen import Kind, Seen
-from moeprune.calibrate.stats import EXPERT_SUMS, Stats
-from moeprune.calibrate.sums import SUM_COLUMNS, LayerAccumulator
+from moeprune.calibrate.layer import Batch, LayerObserver
+from moeprune.calibrate.quantities import QUANTITIES, at_level
+from moeprune.calibrate.reservoir import Reservoir
+from moeprune.calibrate.sample import TokenSample
+from moeprune.calibrate.stats import Stats
 from moeprune.errors import UnsupportedModelError
+from moeprune.facts import ModelFacts
 
 
 class Observer:
@@ -29,94 +36,169 @@ class Observer:
         model: The model, in memory.
         experts: Path of each MoE layer's experts module, in the order of the statistics' layers.
         num_experts: Routed experts a layer.
+        routers: Path of each layer's router, whose logits some quantities need; without them these are absent.
+        statistics: The level (:data:`moeprune.calibrate.quantities.LEVELS`).
+        sample: The tokens that all experts are run on at level ``full``; without it what needs them is absent.
+        reservoir: Where the inputs of all layers are kept for the tokens of the sample.
 
     Raises:
         UnsupportedModelError: If the experts of a layer cannot be observed, naming layer, class and reason.
+        StatsError: If there is no such level.
     """
 
-    def __init__(self, model: PreTrainedModel, *, experts: tuple[str, ...], num_experts: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        experts: tuple[str, ...],
+        num_experts: int,
+        routers: tuple[str, ...] | None = None,
+        statistics: str = "standard",
+        sample: TokenSample | None = None,
+        reservoir: Reservoir | None = None,
+    ):
+        self.statistics = statistics
+        self._names = set(at_level(statistics))
+        self._sample = sample if statistics == "full" else None
         self._paths = experts
-        self._modules = [model.get_submodule(path) for path in experts]
-        self._parents = [model.get_submodule(path.rpartition(".")[0]) for path in experts]
-        self._in_encoder = [False] * len(experts)
+        self._masks: dict[bool, Batch] = {}
+        self._domain: str | None = None
+        self._lacking: set[str] = set()
+        encoder: set[int] = set()
         if model.config.is_encoder_decoder:
             encoder = {id(module) for module in model.get_encoder().modules()}
-            self._in_encoder = [id(module) in encoder for module in self._modules]
-        self._num_experts = num_experts
-        self._masks: dict[bool, Bool[Tensor, " tokens"] | None] = {}
-        self._current: list[LayerAccumulator | None] = [None] * len(experts)
-        self._kinds: list[Kind] = []
-        for path, module in zip(experts, self._modules, strict=True):
-            try:
-                self._kinds.append(kind_of(module))
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{path}: {error}") from error
+        self._in_encoder = [id(model.get_submodule(path)) in encoder for path in experts]
+        self._layers = [
+            LayerObserver(
+                model,
+                experts=path,
+                router=routers[layer] if routers is not None else None,
+                kind=_kind_at(model, path),
+                num_experts=num_experts,
+                merge=statistics != "standard",
+                keep=partial(reservoir.write, layer) if reservoir is not None and self._sample else None,
+            )
+            for layer, path in enumerate(experts)
+        ]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        *,
+        statistics: str = "standard",
+        sample: TokenSample | None = None,
+        reservoir: Reservoir | None = None,
+    ) -> Observer:
+        """An observer of all layers of a model, its routers included."""
+        return cls(
+            model,
+            experts=tuple(layer.experts for layer in anatomy.layers),
+            num_experts=anatomy.num_experts.value,
+            routers=tuple(layer.router for layer in anatomy.layers),
+            statistics=statistics,
+            sample=sample,
+            reservoir=reservoir,
+        )
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        """The names of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that this model gives in every layer."""
-        return tuple(name for name in EXPERT_SUMS if all(name in kind.quantities for kind in self._kinds))
+        """The quantities of the level that this model gives in every layer, as far as can be told before it runs."""
+        given = self._names - self._lacking
+        for layer in self._layers:
+            given &= layer.quantities
+        if self._sample is None:
+            given = {name for name in given if QUANTITIES[name].level != "full"}
+        return tuple(name for name in QUANTITIES if name in given)
 
     @contextmanager
     def observing(self) -> Iterator[Observer]:
         """Observe the model's experts inside the block, and leave them as they were afterwards."""
         with ExitStack() as stack:
-            for layer, kind in enumerate(self._kinds):
-                report = partial(self._add, layer)
-                stack.enter_context(kind.watch(self._modules[layer], self._parents[layer], report))
+            for index, layer in enumerate(self._layers):
+                stack.enter_context(layer.watching(partial(self._add, index)))
             yield self
 
-    def start(self) -> None:
-        """Begin a domain with sums of zero."""
-        self._current = [None] * len(self._modules)
+    def zeros(self, model: ModelFacts, *, domains: Sequence[str]) -> Stats:
+        """Statistics of no text, to which :meth:`finish` adds."""
+        return Stats.zeros(model, domains=domains, sums=self.quantities, statistics=self.statistics, halves=True)
+
+    def start(self, domain: str | None = None) -> None:
+        """Begin a domain with sums of zero; its name is needed where tokens are sampled."""
+        self._domain = domain
+        for layer in self._layers:
+            layer.start()
 
     def set_mask(
-        self, mask: Bool[Tensor, "batch length"] | None, *, encoder: Bool[Tensor, "batch source"] | None = None
+        self,
+        mask: Bool[Tensor, "batch length"] | None,
+        *,
+        encoder: Bool[Tensor, "batch source"] | None = None,
+        rows: Sequence[int] | Int[Tensor, " batch"] | None = None,
     ) -> None:
         """Say which tokens of the next forward pass are text and which are padding.
 
         Args:
             mask: True for text; None means that all are, and that experts may be given a part of the tokens.
             encoder: The same of the encoder's input, for models that have one.
+            rows: Number of each row of the batch, counted over the whole text of the domain, whatever this rank runs
+                of it. Without them even and odd rows are not told apart, and nothing is sampled.
         """
+        numbers = None if rows is None else torch.as_tensor(rows, dtype=torch.long)
         self._masks = {
-            in_encoder: None if given is None else given.reshape(-1)
-            for in_encoder, given in ((False, mask), (True, encoder))
+            in_encoder: self._batch(given, numbers) for in_encoder, given in ((False, mask), (True, encoder))
         }
 
     def finish(self, stats: Stats, *, domain: str, tokens: int) -> None:
         """Add the sums since :meth:`start` to ``stats`` under ``domain``; ``tokens`` of text were run.
 
         A layer that the model did not call, such as the vision experts of a model that was given text alone, adds
-        nothing.
+        nothing. What a layer turns out not to give is taken out of ``stats``.
         """
-        assert any(self._current), "no layer was called"
+        called = [index for index, layer in enumerate(self._layers) if layer.called]
+        assert called, "no layer was called"
+        for index in called:
+            self._layers[index].settle()
+            self._lacking |= self._names - self._layers[index].given
+        for name in self._lacking:
+            stats.group(name).pop(name, None)
+            stats.halves.pop(name, None)
+        if not all(self._layers[index].told_apart for index in called):
+            stats.halves.clear()
         at = stats.domains.index(domain)
-        for layer, accumulator in enumerate(self._current):
-            if accumulator is None:
-                continue
-            columns = accumulator.sums.cpu().numpy()
-            for column, name in enumerate(SUM_COLUMNS):
-                if name in self.quantities:
-                    stats.experts[name][at, layer] += columns[:, column]
-            if "max_abs" in self.quantities:
-                peak = stats.experts["max_abs"][at, layer]
-                peak[:] = accumulator.max_abs.double().cpu().numpy().clip(min=peak)
-            stats.layers["gate_entropy_sum"][at, layer] += float(accumulator.gate_entropy)
+        for index in called:
+            self._layers[index].add_to(stats, domain=at, layer=index)
         stats.tokens[at] += tokens
+        if stats.halves and tokens:
+            # Every layer sees every token of its half of the model once: one layer of each speaks for all.
+            for place in {self._in_encoder[index]: index for index in called}.values():
+                stats.halves["tokens"][:, at] += self._layers[place].tokens_by_half
+        stats.add_up()
 
-    def _add(self, layer: int, seen: Seen) -> None:
-        mask = self._masks.get(self._in_encoder[layer])
-        if mask is not None and mask.shape[0] != seen.weights.shape[0]:
+    def _batch(self, mask: Bool[Tensor, "batch length"] | None, rows: Int[Tensor, " batch"] | None) -> Batch:
+        if mask is None:
+            return Batch(None, None, None, None)
+        odd = None if rows is None else (rows % 2 == 1).repeat_interleave(mask.shape[1])
+        sampled = slots = None
+        if self._sample is not None and rows is not None:
+            assert self._domain is not None, "start() must be given the domain"
+            sampled, slots = self._sample.slots(self._domain, rows, mask.shape[1])
+        return Batch(mask.reshape(-1), odd, sampled, slots)
+
+    def _add(self, index: int, seen: Seen) -> None:
+        batch = self._masks.get(self._in_encoder[index], Batch(None, None, None, None))
+        if batch.mask is not None and batch.mask.shape[0] != seen.weights.shape[0]:
             raise UnsupportedModelError(
-                f"{self._paths[layer]} was given {seen.weights.shape[0]} tokens for a batch of {mask.shape[0]}: this "
-                "model does not run its experts on every token that it reads, once, so that its statistics would not "
-                "be those of the text."
+                f"{self._paths[index]} was given {seen.weights.shape[0]} tokens for a batch of {batch.mask.shape[0]}: "
+                "this model does not run its experts on every token that it reads, once, so that its statistics would "
+                "not be those of the text."
             )
-        mask = None if mask is None or bool(mask.all()) else mask.to(seen.gates.device)
-        keep = None if mask is None else mask[seen.tokens]
-        # Made here, because only here it is known where the layer runs: its weights may be offloaded between calls.
-        sums = self._current[layer] or LayerAccumulator(self._num_experts, seen.gates.device)
-        sums.add(seen.outputs, seen.gates, seen.experts, keep, weighted=seen.weighted)
-        sums.add_entropy(seen.weights, mask)
-        self._current[layer] = sums
+        self._layers[index].add(seen, batch.on(seen.gates.device))
+
+
+def _kind_at(model: PreTrainedModel, path: str) -> Kind:
+    try:
+        return kind_of(model.get_submodule(path))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,45 +10,38 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as encode
 
+from moeprune.calibrate import stats_file
+from moeprune.calibrate.quantities import PER_EXPERT, PER_LAYER, QUANTITIES, at_level, lowest
 from moeprune.errors import StatsError, did_you_mean
 from moeprune.facts import ModelFacts
-from moeprune.files import parse_json, replacing
 
-FORMAT = 1
+EXPERT_SUMS = {name: q.meaning for name, q in QUANTITIES.items() if q.axes == PER_EXPERT and q.level == "standard"}
+"""What every level keeps for each layer, expert and domain."""
 
-EXPERT_SUMS = {
-    "count": "tokens routed to the expert",
-    "gate_sum": "sum of g over them",
-    "norm_sum": "sum of |f|",
-    "norm_sq_sum": "sum of |f|^2",
-    "gated_norm_sum": "sum of |g f|",
-    "max_abs": "largest |element| of any f (a maximum, not a sum)",
-}
-"""What is kept for each layer, expert and domain; g is the weight the model combines with, f the unweighted output.
-
-A token counts where g is not 0. Where a model multiplies the input of its experts by g, the contribution f(g x) takes
-the place of g f, and what would need f(x) is absent: it is neither zero nor made up.
-"""
-
-LAYER_SUMS = {"gate_entropy_sum": "sum over tokens of the entropy in nats of the normalised top-k weights"}
-"""What is kept for each layer and domain."""
+LAYER_SUMS = {name: q.meaning for name, q in QUANTITIES.items() if q.axes == PER_LAYER and q.level == "standard"}
+"""What every level keeps for each layer and domain."""
 
 
 @dataclass
 class Stats:
     """Router statistics of one or more calibration runs of one model.
 
+    Arrays are float64; what each is over, and whether it is a sum or a maximum, is in
+    :data:`moeprune.calibrate.quantities.QUANTITIES`. A quantity that the model does not give is not there.
+
     Attributes:
         model: The model they belong to.
         domains: Names of the text domains, in order.
         tokens: Tokens seen by domain, padding excluded.
-        experts: For each name of :data:`EXPERT_SUMS` that the model gives an array over (domains, layers, experts);
-            ``count`` always is among them.
-        layers: For each name of :data:`LAYER_SUMS` an array over (domains, layers).
+        experts: The quantities of :data:`EXPERT_SUMS`, (domains, layers, experts); ``count`` always is among them.
+        layers: The quantities of :data:`LAYER_SUMS`, (domains, layers).
         runs: How each part was made (data, seed, versions), for the record.
+        more: All other quantities.
+        halves: Each of ``experts``, and ``tokens``, for the even and the odd rows of the text apart: one more axis in
+            front, of 2. They add up to the whole exactly. Empty where the rows were not told apart.
+        statistics: The level that was asked for (:data:`moeprune.calibrate.quantities.LEVELS`).
+        format: Version of the file that they were read from.
     """
 
     model: ModelFacts
@@ -58,33 +50,53 @@ class Stats:
     experts: dict[str, Float64[ndarray, "domains layers experts"]]
     layers: dict[str, Float64[ndarray, "domains layers"]]
     runs: list[dict[str, Any]] = field(default_factory=list)
+    more: dict[str, Float64[ndarray, "..."]] = field(default_factory=dict)
+    halves: dict[str, Float64[ndarray, "..."]] = field(default_factory=dict)
+    statistics: str = "standard"
+    format: int = stats_file.FORMAT
 
     @classmethod
-    def zeros(cls, model: ModelFacts, *, domains: Sequence[str], sums: Sequence[str] = tuple(EXPERT_SUMS)) -> Stats:
-        """Statistics of no text; ``sums`` are the names of :data:`EXPERT_SUMS` that the model gives."""
-        shape = (len(domains), len(model.layers), model.num_experts)
-        return cls(
-            model=model,
-            domains=tuple(domains),
-            tokens=np.zeros(shape[0]),
-            experts={name: np.zeros(shape) for name in sums},
-            layers={name: np.zeros(shape[:2]) for name in LAYER_SUMS},
-        )
+    def zeros(
+        cls,
+        model: ModelFacts,
+        *,
+        domains: Sequence[str],
+        sums: Sequence[str] | None = None,
+        statistics: str = "standard",
+        halves: bool = False,
+    ) -> Stats:
+        """Statistics of no text.
+
+        Args:
+            model: The model.
+            domains: Names of the text domains.
+            sums: Names of the quantities that the model gives; by default all those of the level. Those over hidden
+                states are made when the first of them is added, which is when their size is known.
+            statistics: The level.
+            halves: Whether the even and the odd rows are told apart.
+        """
+        names = at_level(statistics) if sums is None else [name for name in at_level(statistics) if name in sums]
+        stats = cls(model, tuple(domains), np.zeros(len(domains)), {}, {}, statistics=statistics)
+        for name in names:
+            quantity = QUANTITIES[name]
+            if "hidden" not in quantity.axes:
+                stats.group(name)[name] = np.zeros(quantity.shape(model, domains=len(domains)))
+                if halves and quantity.halved:
+                    stats.halves[name] = np.zeros((2, *stats.experts[name].shape))
+        if halves:
+            stats.halves["tokens"] = np.zeros((2, len(domains)))
+        return stats
 
     def save(self, path: Path) -> None:
         """Write a safetensors file in one step: arrays as named, the rest as JSON in its metadata."""
         header = {
-            "format": FORMAT,
+            "format": stats_file.FORMAT,
+            "statistics": self.statistics,
             "model": self.model.model_dump(mode="json"),
             "domains": list(self.domains),
             "runs": self.runs,
         }
-        arrays = {"tokens": self.tokens} | {f"experts.{k}": v for k, v in self.experts.items()}
-        arrays |= {f"layers.{k}": v for k, v in self.layers.items()}
-        with replacing(path) as temporary:
-            # Not save_file: it makes files that only their owner can read, and statistics are there to be shared.
-            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            temporary.write_bytes(encode(contiguous, {"moeprune": json.dumps(header)}))
+        stats_file.write(path, header, dict(self.arrays()))
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -93,72 +105,137 @@ class Stats:
         Raises:
             StatsError: If it is missing, truncated, not a statistics file, or from a later version of moeprune.
         """
-        if not path.is_file():
-            raise StatsError(
-                f"{path}: no such statistics file. `moeprune calibrate MODEL --data ... --out {path}` makes it."
-            )
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = _header(path, file.metadata() or {})
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise StatsError(f"{path}: not a complete statistics file ({error}). Calibrate again.") from error
-        if missing := {"tokens", "experts.count", *(f"layers.{name}" for name in LAYER_SUMS)} - arrays.keys():
+        header, arrays = stats_file.read(path)
+        if missing := {"tokens", "experts.count", "layers.gate_entropy_sum"} - arrays.keys():
             raise StatsError(f"{path}: statistics without {min(missing)!r}. Calibrate again.")
         try:
             stats = cls(
                 model=ModelFacts.model_validate(header["model"]),
                 domains=tuple(header["domains"]),
                 tokens=arrays["tokens"],
-                experts={name: arrays[f"experts.{name}"] for name in EXPERT_SUMS if f"experts.{name}" in arrays},
-                layers={name: arrays[f"layers.{name}"] for name in LAYER_SUMS},
+                experts={},
+                layers={},
                 runs=header["runs"],
+                statistics=header.get("statistics", "standard"),
+                format=header["format"],
             )
+            at_level(stats.statistics)
         except (ValueError, KeyError, TypeError) as error:
             raise StatsError(f"{path}: statistics with a damaged header ({error}). Calibrate again.") from error
+        for name in QUANTITIES:
+            group = stats.group(name)
+            key = f"{stats.group_name(name)}.{name}"
+            if key in arrays:
+                group[name] = arrays[key]
+        stats.halves = {k.removeprefix("halves."): v for k, v in arrays.items() if k.startswith("halves.")}
         stats.check(path)
         return stats
 
+    @staticmethod
+    def group_name(name: str) -> str:
+        """Which of the dictionaries a quantity is in, and how its name begins in the file."""
+        return "experts" if name in EXPERT_SUMS else "layers" if name in LAYER_SUMS else "more"
+
+    def group(self, name: str) -> dict[str, Any]:
+        """The dictionary that a quantity is in."""
+        return getattr(self, self.group_name(name))
+
+    def arrays(self) -> Iterator[tuple[str, Float64[ndarray, "..."]]]:
+        """Every array under its name in the file: to write them, or to add those of several ranks in place.
+
+        Whoever changes them calls :meth:`add_up` afterwards. :func:`kind_of` says which are maxima.
+        """
+        yield "tokens", self.tokens
+        for group in ("experts", "layers", "more", "halves"):
+            for name, array in getattr(self, group).items():
+                yield f"{group}.{name}", array
+
+    def add_up(self) -> None:
+        """Make every array that is halved exactly the sum of its halves, whatever the order of earlier additions."""
+        for name, (even, odd) in self.halves.items():
+            if name != "tokens":
+                maximum = QUANTITIES[name].kind == "max"
+                self.experts[name][:] = np.maximum(even, odd) if maximum else even + odd
+
+    def half(self, parity: int) -> Stats:
+        """The statistics of the even (0) or the odd (1) rows alone; they hold ``experts`` and nothing else.
+
+        Raises:
+            StatsError: If the rows were not told apart.
+        """
+        if not self.halves:
+            raise StatsError(
+                f"these statistics of {self.model.name} do not tell even from odd rows, so that nothing can be said of "
+                "how well they repeat. Calibrate again."
+            )
+        experts = {name: array[parity] for name, array in self.halves.items() if name != "tokens"}
+        return Stats(self.model, self.domains, self.halves["tokens"][parity], experts, {}, statistics=self.statistics)
+
     @property
     def absent(self) -> tuple[str, ...]:
-        """Names of :data:`EXPERT_SUMS` that this model does not give."""
-        return tuple(name for name in EXPERT_SUMS if name not in self.experts)
+        """Names of the quantities of the level that this model does not give."""
+        return tuple(name for name in at_level(self.statistics) if name not in self.group(name))
+
+    @property
+    def unseen_layers(self) -> tuple[str, ...]:
+        """Layers that no token was routed in, such as the vision experts of a model that was given text alone."""
+        seen = self.experts["count"].sum(axis=(0, 2)) > 0
+        return tuple(name for name, any_token in zip(self.model.layers, seen, strict=True) if not any_token)
+
+    def need(self, *names: str) -> dict[str, Float64[ndarray, "..."]]:
+        """Some quantities by name.
+
+        Raises:
+            StatsError: If one is not there, saying why and what to do.
+        """
+        for name in names:
+            if name not in self.group(name):
+                raise StatsError(f"{name} is needed ({QUANTITIES[name].meaning}), {self.why_absent(name)}")
+        return {name: self.group(name)[name] for name in names}
+
+    def why_absent(self, name: str) -> str:
+        """Why a quantity is not here, and what to do, as the end of a sentence."""
+        level = QUANTITIES[name].level
+        if name not in at_level(self.statistics):
+            return f"which only `moeprune calibrate --stats {level}` gives."
+        if self.format < stats_file.FORMAT:
+            return f"which statistics of format {self.format} do not have. Calibrate again."
+        return f"which calibration does not give for {self.model.model_type}."
 
     def check(self, origin: Path | str) -> None:
         """Raise :class:`StatsError` if an array has another shape or a value is not finite, naming layer and expert."""
-        shape = (len(self.domains), len(self.model.layers), self.model.num_experts)
-        for name, array in {"tokens": self.tokens, **self.layers, **self.experts}.items():
-            expected = shape[:1] if name == "tokens" else shape[:2] if name in self.layers else shape
-            if array.shape != expected:
-                raise StatsError(f"{origin}: {name} has shape {list(array.shape)}, expected {list(expected)}.")
-        for name, array in {**self.experts, **self.layers}.items():
-            if not np.isfinite(array).all():
-                domain, layer, *expert = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
-                where = " ".join([self.model.layers[layer], *(f"expert {i}" for i in expert)])
-                raise StatsError(
-                    f"{origin}: {name} of {where} in domain {self.domains[domain]!r} is "
-                    f"{array[domain, layer, *expert]}. The model overflows on this text; calibrate in another dtype."
-                )
+        stats_file.check_shapes(self, origin)
+        stats_file.check_finite(self, origin)
+        stats_file.check_halves(self, origin)
 
-    def mixed(self, weights: Mapping[str, float] | None = None) -> dict[str, Float64[ndarray, "layers experts"]]:
+    def mixed(
+        self, weights: Mapping[str, float] | None = None, *, names: Sequence[str] | None = None
+    ) -> dict[str, Float64[ndarray, "layers experts"]]:
         """The expert sums over all domains.
 
         Args:
             weights: Share of each domain in the mix, any positive scale. Each domain's sums are first divided by its
                 tokens, so a share says how often its tokens occur, however much of it was calibrated on. Without
                 weights the sums are added as they are.
+            names: Quantities to mix; by default all of ``experts``. Those that are kept for all domains together are
+                returned as they are.
 
         Returns:
-            For each name in ``experts`` an array over (layers, experts); ``max_abs`` is the maximum over the domains
-            that take part.
+            For each name an array without the axis of domains; of a maximum that over the domains that take part.
 
         Raises:
-            StatsError: If a domain is unknown, a weight is negative, or no token was seen.
+            StatsError: If a domain is unknown, a weight is negative, no token was seen, or a quantity is not there.
         """
         share = self._shares(weights)
-        mixed = {name: np.tensordot(share, array, axes=1) for name, array in self.experts.items() if name != "max_abs"}
-        if "max_abs" in self.experts:
-            mixed["max_abs"] = self.experts["max_abs"][share > 0].max(axis=0)
+        arrays = self.experts if names is None else self.need(*names)
+        mixed = {}
+        for name, array in arrays.items():
+            if "domains" not in QUANTITIES[name].axes:
+                mixed[name] = array
+            elif QUANTITIES[name].kind == "max":
+                mixed[name] = array[share > 0].max(axis=0)
+            else:
+                mixed[name] = np.tensordot(share, array, axes=1)
         return mixed
 
     def _shares(self, weights: Mapping[str, float] | None) -> Float64[ndarray, " domains"]:
@@ -178,25 +255,17 @@ class Stats:
         return share / share.sum() * self.tokens.sum() / np.maximum(self.tokens, 1)
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if "moeprune" not in metadata:
-        raise StatsError(f"{path}: a safetensors file, but not statistics of moeprune.")
-    try:
-        header = parse_json(metadata["moeprune"].encode())
-        version = int(header["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StatsError(f"{path}: statistics with a damaged header ({error}). Calibrate again.") from error
-    if version > FORMAT:
-        raise StatsError(
-            f"{path}: statistics format {version}; this version of moeprune reads {FORMAT}. Update moeprune."
-        )
-    return header
+def kind_of(name: str) -> str:
+    """``"sum"`` or ``"max"``, for a name that :meth:`Stats.arrays` gives."""
+    quantity = QUANTITIES.get(name.rpartition(".")[-1])
+    return "sum" if quantity is None else quantity.kind
 
 
 def merge_stats(parts: Sequence[Stats]) -> Stats:
     """The statistics of one run over all texts of ``parts``. Domains of the same name are added together.
 
-    A sum that one part lacks is unknown for the whole and is left out.
+    A quantity that one part lacks is unknown for the whole and is left out, unless that part saw no token; so are the
+    halves. The level is the lowest of the parts'.
 
     Args:
         parts: At least one; all of the same model.
@@ -212,20 +281,33 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
                 f"statistics of different models cannot be merged: {first.name} ({first.fingerprint[:12]}) and "
                 f"{part.model.name} ({part.model.fingerprint[:12]})."
             )
+    saw = [part for part in parts if part.tokens.any()] or list(parts)
     merged = Stats.zeros(
         first,
         domains=list(dict.fromkeys(name for part in parts for name in part.domains)),
-        sums=[name for name in EXPERT_SUMS if all(name in part.experts for part in parts)],
+        sums=[name for name in QUANTITIES if all(name in part.group(name) for part in saw)],
+        statistics=lowest(part.statistics for part in saw),
+        halves=all(part.halves for part in saw),
     )
+    merged.format = min(part.format for part in saw)
     for part in parts:
-        at = [merged.domains.index(name) for name in part.domains]
-        merged.tokens[at] += part.tokens
-        for name in merged.experts:
-            array = part.experts[name]
-            merged.experts[name][at] = (
-                np.maximum(merged.experts[name][at], array) if name == "max_abs" else merged.experts[name][at] + array
-            )
-        for name, array in part.layers.items():
-            merged.layers[name][at] += array
         merged.runs.extend(part.runs)
+    for part in saw:
+        _add(merged, part)
+    merged.add_up()
     return merged
+
+
+def _add(merged: Stats, part: Stats) -> None:
+    at = [merged.domains.index(name) for name in part.domains]
+    merged.tokens[at] += part.tokens
+    for name in at_level(merged.statistics):
+        if name not in part.group(name) or ("hidden" not in QUANTITIES[name].axes and name not in merged.group(name)):
+            continue
+        array = part.group(name)[name]
+        into = merged.group(name).setdefault(name, np.zeros(array.shape))
+        index: Any = at if "domains" in QUANTITIES[name].axes else slice(None)
+        into[index] = np.maximum(into[index], array) if kind_of(name) == "max" else into[index] + array
+    for name, into in merged.halves.items():
+        array = part.halves[name]
+        into[:, at] = np.maximum(into[:, at], array) if kind_of(name) == "max" else into[:, at] + array

@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.data import Rows
 from moeprune.calibrate.passes import collect_stats
-from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
+from moeprune.calibrate.stats import EXPERT_SUMS, Stats
 from tests.models import VOCAB
+
+EXPERTS = EXPERT_SUMS.keys() - {"token_gated_norm_sum"}
+"""What can be told without the residual stream; :mod:`tests.calibrate.reference_more` has the rest."""
 
 Formula = Callable[[nn.Module, int, Tensor], Tensor]
 Call = tuple[Tensor, Tensor, Tensor]
@@ -44,11 +47,11 @@ def experts_of(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 class SlowSums:
-    """The sums of :data:`EXPERT_SUMS`, (layers, experts), and of :data:`LAYER_SUMS`, (layers,), token by token."""
+    """What experts and weights tell: the sums of :data:`EXPERTS`, (layers, experts), and the entropy, (layers,)."""
 
     def __init__(self, num_layers: int, num_experts: int):
-        self.experts = {name: np.zeros((num_layers, num_experts)) for name in EXPERT_SUMS}
-        self.layers = {name: np.zeros(num_layers) for name in LAYER_SUMS}
+        self.experts = {name: np.zeros((num_layers, num_experts)) for name in EXPERTS}
+        self.layers = {"gate_entropy_sum": np.zeros(num_layers)}
 
     def add(self, layer: int, slots: Iterable[tuple[int, float, Tensor | None]]) -> None:
         """One token: each expert that it uses, its weight and its unweighted output; None for no expert."""
@@ -63,6 +66,7 @@ class SlowSums:
             self.experts["norm_sum"][at] += norm
             self.experts["norm_sq_sum"][at] += norm * norm
             self.experts["gated_norm_sum"][at] += abs(gate) * norm
+            self.experts["gated_norm_sq_sum"][at] += (gate * norm) ** 2
             self.experts["max_abs"][at] = max(self.experts["max_abs"][at], float(output.abs().max()))
         total = sum(abs(gate) for _, gate, _ in slots)
         shares = [abs(gate) / total for _, gate, _ in slots if gate != 0]
@@ -147,5 +151,7 @@ def assert_close(stats: Stats, other: Stats, *, rtol: float) -> None:
     assert stats.experts.keys() == other.experts.keys()
     for name in stats.experts:
         np.testing.assert_allclose(stats.experts[name], other.experts[name], rtol=rtol, err_msg=name)
-    for name in LAYER_SUMS:
-        np.testing.assert_allclose(stats.layers[name], other.layers[name], rtol=rtol, err_msg=name)
+    assert stats.layers.keys() == other.layers.keys() and stats.more.keys() == other.more.keys()
+    for name in [*stats.layers, *stats.more]:
+        mine, others = stats.group(name)[name], other.group(name)[name]
+        np.testing.assert_allclose(mine, others, rtol=rtol, atol=rtol * np.abs(others).max(), err_msg=name)

@@ -49,7 +49,7 @@ HEADER_EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda header: header.update(format=999), "this version of moeprune reads"),
     (lambda header: header["model"].update(topk=2), "topk"),
     (lambda header: header["model"].update(num_experts=99), "has shape [2, 2, 10], expected [2, 2, 99]"),
-    (lambda header: header["model"].update(layers=["one"]), "has shape [2, 2], expected [2, 1]"),
+    (lambda header: header["model"].update(layers=["one"]), "has shape [2, 2, 10], expected [2, 1, 10]"),
 ]
 
 

@@ -8,10 +8,11 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.experts.interface import IMPLEMENTATION
+from moeprune.calibrate.experts.seen import Seen
 from moeprune.calibrate.observer import Observer
-from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats
-from moeprune.calibrate.sums import LayerAccumulator
-from tests.calibrate.reference import assert_close, experts_of, observe, random_rows, recording, slow_sums
+from moeprune.calibrate.stats import Stats
+from moeprune.calibrate.sums import LayerAccumulator, chosen_experts
+from tests.calibrate.reference import EXPERTS, assert_close, experts_of, observe, random_rows, recording, slow_sums
 from tests.models import COMMON, FAMILIES, VOCAB, build
 
 
@@ -21,7 +22,7 @@ def observer_of(model):
 
 def assert_equals_reference(stats, calls, masks, model, *, rtol):
     experts, layers = slow_sums(model, calls, masks)
-    assert experts.keys() == EXPERT_SUMS.keys() and layers.keys() == LAYER_SUMS.keys()
+    assert experts.keys() == EXPERTS
     np.testing.assert_array_equal(stats.experts["count"][0], experts["count"])
     for name, expected in experts.items():
         np.testing.assert_allclose(stats.experts[name][0], expected, rtol=rtol, err_msg=name)
@@ -162,11 +163,16 @@ def test_overflow_in_padding_does_not_poison_the_sums():
     outputs = torch.tensor([[3.0, 4.0], [float("nan"), 1.0], [float("inf"), 1.0]])
     gates = torch.tensor([0.5, float("nan"), 0.25])
     keep = torch.tensor([True, False, False])
-    accumulator.add(outputs, gates, torch.tensor([1, 1, 2]), keep)
-    accumulator.add_entropy(gates.unsqueeze(-1), keep)
-    assert accumulator.sums.tolist() == [[0, 0, 0, 0, 0], [1, 0.5, 5, 25, 2.5], [0, 0, 0, 0, 0]]
-    assert accumulator.max_abs.tolist() == [0, 4, 0]
+    seen = Seen(outputs, gates, torch.tensor([1, 1, 2]), torch.arange(3), gates.unsqueeze(-1))
+    accumulator.add(seen, keep, None)
+    accumulator.add_tokens(seen.weights, keep)
+    accumulator.add_margin(outputs[:, [0, 1, 1]], chosen_experts(seen, 3), keep)
+    assert accumulator.sums[:3].tolist() == [[0] * 6, [1, 0.5, 5, 25, 2.5, 6.25], [0] * 6]
+    assert accumulator.max_abs[:3].tolist() == [0, 4, 0]
     assert accumulator.gate_entropy.item() == 0
+    assert accumulator.margin.item() == 0
+    assert accumulator.rank_gates.tolist() == [1]
+    assert accumulator.ratios.sum() == 1
 
 
 def test_a_mask_of_one_pass_is_not_used_for_the_next():

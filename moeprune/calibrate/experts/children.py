@@ -91,7 +91,7 @@ def _watch(module: nn.Module, parent: nn.Module, report: Report) -> Iterator[Non
                 gates = torch.where(mask, weights.expand(mask.shape) * factor, 0.0)
                 experts, tokens = torch.nonzero(mask.t(), as_tuple=True)
                 outputs = joined(runs, experts=experts, hidden=hidden_states, module=module)
-                seen = Seen(outputs, gates[tokens, experts], experts, tokens, gates)
+                seen = Seen(outputs, gates[tokens, experts], experts, tokens, gates, inputs=hidden_states)
                 if first:
                     check_sum(seen, returned, module=module)
                     first = False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune.calibrate.experts.seen import Kind, Report, Seen, arguments
+from moeprune.calibrate.experts.seen import EVERYTHING, Kind, Report, Seen, arguments
 from moeprune.errors import UnsupportedModelError
 
 
@@ -54,7 +54,7 @@ def _watch(module: nn.Module, parent: nn.Module, report: Report) -> Iterator[Non
 
 DENSE = Kind(
     "stacked weights that compute every token",
-    frozenset({"count", "gate_sum", "gated_norm_sum"}),
+    EVERYTHING - {"norm_sum", "norm_sq_sum", "max_abs", "output_sum"},
     _matches,
     lambda module: None,
     _watch,

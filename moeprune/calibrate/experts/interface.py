@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _grouped_linear
 
-from moeprune.calibrate.experts.seen import EVERYTHING, Kind, Report, Seen, packed
+from moeprune.calibrate.experts.seen import Kind, Report, Seen, packed
+from moeprune.calibrate.quantities import QUANTITIES
 
 IMPLEMENTATION = "moeprune_observe"
 REPORT = "_moeprune_report"
@@ -73,7 +74,7 @@ def _forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
     report: Report | None = getattr(module, REPORT, None)
     if report is not None:
         with torch.no_grad():
-            report(Seen(outputs, gates, experts, tokens, top_k_weights))
+            report(Seen(outputs, gates, experts, tokens, top_k_weights, inputs=hidden_states))
     # The product of the plain pass, made in place where that is the same arithmetic: outputs are not needed any
     # more.
     in_place = not torch.is_grad_enabled() and torch.result_type(outputs, gates) == outputs.dtype
@@ -120,4 +121,12 @@ def _aligned(inputs: Tensor, weight: Tensor) -> bool:
     return all(size * weight.element_size() % 16 == 0 for size in (inputs.shape[-1], weight.shape[-1]))
 
 
-INTERFACE = Kind("transformers' experts interface", EVERYTHING, _matches, _refusal, _watch)
+def _run_all(module: Any, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "experts tokens hidden"]:
+    tokens, experts = hidden.shape[0], module.num_experts
+    ids = torch.arange(experts, device=hidden.device).repeat_interleave(tokens)
+    return run_experts(module, hidden.repeat(experts, 1), ids).view(experts, tokens, -1)
+
+
+INTERFACE = Kind(
+    "transformers' experts interface", frozenset(QUANTITIES), _matches, _refusal, _watch, run_all=_run_all
+)

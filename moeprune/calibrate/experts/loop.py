@@ -99,7 +99,7 @@ def _seen(products: _Products, hidden: Tensor, top_k_index: Tensor, top_k_weight
     experts, order = experts[routed], order[routed]
     outputs = joined(products.runs, experts=experts, hidden=hidden, module=module)
     gates = top_k_weights.t().reshape(-1)[order]
-    return Seen(outputs, gates, experts, order % top_k_index.shape[0], top_k_weights)
+    return Seen(outputs, gates, experts, order % top_k_index.shape[0], top_k_weights, inputs=hidden)
 
 
 LOOP = Kind("stacked weights and a loop over the experts that are hit", EVERYTHING, _matches, _refusal, _watch)

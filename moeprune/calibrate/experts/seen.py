@@ -11,9 +11,9 @@ from typing import TypeAlias
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeprune.calibrate.stats import EXPERT_SUMS
+from moeprune.calibrate.quantities import QUANTITIES
 
-EVERYTHING = frozenset(EXPERT_SUMS)
+EVERYTHING = frozenset(name for name, quantity in QUANTITIES.items() if quantity.level != "full")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Seen:
         tokens: Row of the token in the call.
         weights: All weights of each token, those of experts that compute nothing included; 0 where there is none.
         weighted: Whether the model multiplies an expert's input by g, so that only its contribution can be seen.
+        inputs: What the experts are given, where it is the same for all experts of a token.
     """
 
     outputs: Float[Tensor, "slots hidden"]
@@ -35,6 +36,7 @@ class Seen:
     tokens: Int[Tensor, " slots"]
     weights: Float[Tensor, "tokens choices"]
     weighted: bool = False
+    inputs: Float[Tensor, "tokens hidden"] | None = None
 
 
 Report: TypeAlias = Callable[[Seen], None]
@@ -46,10 +48,12 @@ class Kind:
 
     Attributes:
         name: What such a module is, for people.
-        quantities: The names of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that it gives.
+        quantities: The names of :data:`moeprune.calibrate.quantities.QUANTITIES` that it gives, if the router and the
+            layer give what they need.
         matches: Whether a module is of this kind; looks at its interface, never at weights.
         refusal: Why this module cannot be observed although it is of this kind, or None.
         watch: ``watch(module, parent, report)`` reports every call inside the block; results do not change.
+        run_all: ``run_all(module, hidden)`` runs every expert on every token, with weights of 1; None if it cannot.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Kind:
     matches: Callable[[nn.Module], bool]
     refusal: Callable[[nn.Module], str | None]
     watch: Callable[[nn.Module, nn.Module, Report], AbstractContextManager[None]]
+    run_all: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 def arguments(module: nn.Module) -> list[str]:

@@ -45,9 +45,10 @@ def test_only_contributions_of_chosen_experts_are_summed():
 def test_norms_of_the_unweighted_output_are_absent_and_not_zero():
     model = build("llama4_text")
     stats = observe_at(model, PATH, random_rows("text"))
-    assert set(stats.experts) == {"count", "gate_sum", "gated_norm_sum"}
-    assert stats.absent == ("norm_sum", "norm_sq_sum", "max_abs")
-    assert observable(model.get_submodule(PATH[0])) == (True, "count, gate_sum, gated_norm_sum")
+    given = ["count", "gate_sum", "gated_norm_sum", "gated_norm_sq_sum", "token_gated_norm_sum"]
+    assert list(stats.experts) == given
+    assert stats.absent == ("norm_sum", "norm_sq_sum", "max_abs", "margin_sum")
+    assert observable(model.get_submodule(PATH[0])) == (True, ", ".join(given))
 
 
 def test_dense_experts_without_a_router_beside_them_are_refused():

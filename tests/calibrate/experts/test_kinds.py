@@ -11,10 +11,12 @@ from transformers.integrations.moe import use_experts_implementation
 from moeprune.calibrate.experts import observable
 from moeprune.calibrate.experts.loop import LOOP
 from moeprune.calibrate.observer import Observer
+from moeprune.calibrate.stats import EXPERT_SUMS
 from moeprune.errors import UnsupportedModelError
 from tests.calibrate.experts.models import BUILDERS, CONFIGS, PATHS, build
 
-ALL = "count, gate_sum, norm_sum, norm_sq_sum, gated_norm_sum, max_abs"
+ALL = ", ".join(EXPERT_SUMS)
+CONTRIBUTIONS = "count, gate_sum, gated_norm_sum, gated_norm_sq_sum, token_gated_norm_sum"
 
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
@@ -26,7 +28,7 @@ def test_models_on_the_meta_device_are_told_apart(model_type):
         observed, text = observable(model.get_submodule(path))
         assert observed == (model_type != "nllb-moe")
         if observed:
-            assert text == ("count, gate_sum, gated_norm_sum" if model_type == "llama4_text" else ALL)
+            assert text == (CONTRIBUTIONS if model_type == "llama4_text" else ALL)
 
 
 def test_a_module_of_an_unknown_kind_is_named():

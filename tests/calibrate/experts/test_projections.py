@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeprune.calibrate.experts import kind_of, observable
+from moeprune.calibrate.stats import EXPERT_SUMS
 from tests.calibrate.experts.models import NUM_EXPERTS, PATHS, build
 from tests.calibrate.experts.observing import assert_equal_sums, observe_at, run
 from tests.calibrate.reference import SlowSums, random_rows
@@ -86,4 +87,4 @@ def test_both_mixtures_give_every_sum():
     for path in PATH[:2]:
         observed, quantities = observable(model.get_submodule(path))
         assert observed
-        assert quantities == "count, gate_sum, norm_sum, norm_sq_sum, gated_norm_sum, max_abs"
+        assert quantities == ", ".join(EXPERT_SUMS)

@@ -50,6 +50,10 @@ FORMULAS = {
 }  # fmt: skip
 
 
+PLAIN_RESIDUAL = {"step3p5", "phimoe", "ernie4_5_vl_moe_text"}
+"""Layers in which the experts' module reads a norm of the stream and is added to it, and nothing else happens."""
+
+
 def compare_with_reference(model_type, model):
     rows = random_rows("text", padding=4)
     with recording(model, PATHS[model_type]) as calls:
@@ -66,7 +70,8 @@ def compare_with_reference(model_type, model):
 @pytest.mark.parametrize("model_type", FORMULAS)
 def test_every_sum_equals_the_slow_formula(model_type):
     stats, _ = compare_with_reference(model_type, build(model_type))
-    assert stats.absent == ()
+    turned = () if model_type in PLAIN_RESIDUAL else ("token_gated_norm_sum",)
+    assert stats.absent == (*turned, "margin_sum"), "the logits of a router that is not watched"
     assert stats.experts["count"].sum() > 0
 
 
