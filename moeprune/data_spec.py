@@ -4,28 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moeprune.errors import DataError, did_you_mean
 from moeprune.resources import DEMO, DEMO_DIR
 
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-QUERY_KEYS = ("column", "split", "subset", "tokens")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+def _each_as_list(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: item if isinstance(item, list | tuple) else [item] for key, item in value.items()}
 
 
 class DataSpec(BaseModel):
     """One named domain of calibration text.
 
+    What a row of the data says is taken from one of: ``ids``, ``text``, ``prompt`` (with ``response`` or
+    ``tool_calls``), ``column``; where none is given, from the first column with a known name.
+
     Attributes:
         domain: Its name in the statistics; by default the file's stem or the data set's name.
-        source: A local .jsonl, .json, .parquet or .txt file, a data set id on the Hub, or ``demo`` (see
-            :func:`expand_demo`).
+        source: A local .jsonl, .json, .parquet or .txt file, a data set id on the Hub, ``demo`` or the name or file of
+            a mix (see :func:`moeprune.data_mix.expand_data`).
         subset: The Hub data set's configuration.
         split: The split to read.
-        column: The column with text or with chat messages; by default the first known name that exists.
-        tokens: Budget for this domain; by default the run's budget.
+        files: Files of the Hub repository to read instead of what its configuration names.
+        column: The column with text or with chat messages.
+        prompt: The column with a user's question, answered in ``response``.
+        response: The column with the answer.
+        tool_calls: The column with the calls that the answer makes.
+        tools: The column with the tools that a chat may call; by default ``tools``, where there is such a column.
+        text: Jinja template over a row's columns, such as ``{{ problem }} {{ solution }}``.
+        ids: The column with token ids of this very model.
+        where: Values that columns must have; other rows are passed over.
+        min_tokens: Documents with fewer tokens are passed over.
+        documents: Number of documents to read; all of each, unless there is a token budget, too.
+        tokens: Token budget of this domain; by default the run's.
+        share: Share of the budget that all domains with a share have together.
+        drop: What to leave out of chats whose template has no place for it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,8 +59,31 @@ class DataSpec(BaseModel):
     domain: str = ""
     subset: str | None = None
     split: str = "train"
+    files: str | None = None
     column: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    tool_calls: str | None = None
+    tools: str | None = None
+    text: str | None = None
+    ids: str | None = None
+    where: Annotated[dict[str, tuple[str | int | bool, ...]] | None, BeforeValidator(_each_as_list)] = None
+    min_tokens: int = Field(default=0, ge=0)
+    documents: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)
+    share: float | None = Field(default=None, gt=0)
+    drop: Annotated[tuple[Literal["tools", "reasoning"], ...], BeforeValidator(_as_tuple)] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSpec:
+        given = [name for name in ("ids", "text", "prompt", "column") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}")
+        if self.prompt is None and (self.response or self.tool_calls):
+            raise ValueError("response and tool_calls go with a prompt")
+        if self.tokens is not None and self.share is not None:
+            raise ValueError("give tokens or share, not both")
+        return self
 
     @property
     def name(self) -> str:
@@ -44,8 +92,12 @@ class DataSpec(BaseModel):
 
     @property
     def local_format(self) -> str | None:
-        """The builder of `datasets` that reads the local file, or None for a data set of the Hub."""
+        """The format of the local file, or None for a data set of the Hub."""
         return LOCAL_FORMATS.get(Path(self.source).suffix.lower()) if Path(self.source).is_file() else None
+
+
+# `where` has no spelling on the command line; the other two stand before the question mark.
+QUERY_KEYS = tuple(name for name in DataSpec.model_fields if name not in ("source", "domain", "where"))
 
 
 def parse_data_spec(text: str, *, column: str | None = None) -> DataSpec:
@@ -53,7 +105,7 @@ def parse_data_spec(text: str, *, column: str | None = None) -> DataSpec:
 
     Args:
         text: For example ``code=my_code.jsonl``, ``math=org/dataset?subset=main&split=test&tokens=65536``.
-        column: Column for specs that name none.
+        column: Column for specs that do not say what of a row to read.
 
     Raises:
         DataError: If a key is unknown or a value does not fit.
@@ -68,11 +120,15 @@ def parse_data_spec(text: str, *, column: str | None = None) -> DataSpec:
     unknown = values.keys() - set(QUERY_KEYS)
     if unknown:
         raise DataError(f"--data {text}: unknown key {min(unknown)!r}. {did_you_mean(min(unknown), QUERY_KEYS)}")
+    if values.keys().isdisjoint({"text", "prompt", "ids"}):
+        values = {"column": column, **values}
     try:
-        return DataSpec.model_validate({"column": column, **values, "source": source, "domain": domain})
+        return DataSpec.model_validate({**values, "source": source, "domain": domain})
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"--data {text}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        place = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"--data {text}: {place}{': ' if place else ''}{said}.") from error
 
 
 def expand_demo(specs: Sequence[DataSpec]) -> tuple[DataSpec, ...]:

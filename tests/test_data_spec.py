@@ -19,6 +19,10 @@ from moeprune.errors import DataError
                 "column": "question",
             },
         ),
+        (
+            "org/set?prompt=q&response=a&documents=25&drop=tools,reasoning",
+            {"source": "org/set", "prompt": "q", "response": "a", "documents": 25, "drop": ("tools", "reasoning")},
+        ),
         ("org/set?split=train[:10%25]", {"source": "org/set", "split": "train[:10%]"}),
         ("mine=runs/lr=0.1/out.jsonl", {"source": "runs/lr=0.1/out.jsonl", "domain": "mine"}),
         ("demo", {"source": "demo"}),
@@ -38,13 +42,24 @@ def test_the_name_of_a_domain(text, name):
 def test_the_column_option_is_for_specs_that_name_none():
     assert parse_data_spec("a.jsonl", column="body").column == "body"
     assert parse_data_spec("a.jsonl?column=text", column="body").column == "text"
+    assert parse_data_spec("a.jsonl?prompt=question", column="body").column is None
+
+
+KNOWN = (
+    "Known: column, documents, drop, files, ids, min_tokens, prompt, response, share, split, subset, text, tokens, "
+    "tool_calls, tools."
+)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a?splt=test", "unknown key 'splt'. Did you mean 'split'? Known: column, split, subset, tokens."),
-        ("a?zzz=1&yyy=2", "unknown key 'yyy'. Known: column, split, subset, tokens."),
+        ("a?splt=test", f"unknown key 'splt'. Did you mean 'split'? {KNOWN}"),
+        ("a?zzz=1&yyy=2", f"unknown key 'yyy'. {KNOWN}"),
+        ("a?column=x&prompt=y", "give one of prompt and column."),
+        ("a?response=y", "response and tool_calls go with a prompt."),
+        ("a?tokens=5&share=0.5", "give tokens or share, not both."),
+        ("a?drop=tools,thoughts", "drop.1: Input should be 'tools' or 'reasoning'."),
         ("a?tokens=many", "tokens: Input should be a valid integer, unable to parse string as an integer."),
         ("a?tokens=0", "tokens: Input should be greater than 0."),
         ("mine=", "source: String should have at least 1 character."),

@@ -10,7 +10,10 @@ from moeprune.anatomy.source import Source
 from moeprune.calibrate.data import Rows, check_domains, read_domain
 from moeprune.calibrate.passes import collect_stats
 from moeprune.calibrate.stats import Stats
-from moeprune.data_spec import DataSpec, expand_demo
+from moeprune.calibrate.text.isolation import choose_packing
+from moeprune.checkpoint.classes import transformers_config
+from moeprune.data_mix import expand_data
+from moeprune.data_spec import DataSpec
 from moeprune.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ def read_calibration(
     tokens: int,
     length: int,
     seed: int,
+    packing: str = "auto",
+    cache: bool = False,
 ) -> list[Rows]:
     """Read and pack the text of every domain, before the model is loaded.
 
@@ -35,22 +40,28 @@ def read_calibration(
         tokens: Budget of each domain that has none of its own.
         length: Tokens a row; not more than the model's context.
         seed: Order of the documents.
+        packing: How documents become rows, one of :data:`moeprune.calibrate.text.packing.PACKINGS`.
+        cache: Keep the rows, and use those that were kept.
 
     Raises:
-        DataError: If a domain cannot be read, or rows are longer than the context.
+        DataError: If a domain cannot be read, rows are longer than the context, or the model cannot keep documents of
+            a row apart and was asked to.
     """
-    data = expand_demo(data)
+    data = expand_data(data, tokens=tokens)
     check_domains(data)
     context = source.anatomy.context
     if context is not None and length > context:
         raise DataError(
             f"rows of {length} tokens are longer than the model's context of {context}. Give --length {context}."
         )
-    vocab_size = source.anatomy.vocab_size
+    chosen = choose_packing(packing, config=transformers_config(source.path))
     return [
-        read_domain(spec, tokenizer=tokenizer, length=length, tokens=tokens, seed=seed, vocab_size=vocab_size)
+        read_domain(
+            spec, tokenizer=tokenizer, length=length, tokens=tokens, seed=seed, vocab_size=source.anatomy.vocab_size,
+            packing=chosen, cache=cache,
+        )
         for spec in data
-    ]
+    ]  # fmt: skip
 
 
 def calibrate(

@@ -47,6 +47,11 @@ class Rows:
         return int(self.mask.sum())
 
     @property
+    def packing(self) -> str:
+        """``isolate``, ``pad`` or ``concat`` (see :data:`moeprune.calibrate.text.packing.PACKINGS`)."""
+        return "isolate" if self.segments is not None else "pad" if self.ragged else "concat"
+
+    @property
     def positions(self) -> Int[Tensor, "rows length"]:
         """Position of each token: in its document where documents are kept apart, else in its row."""
         places = torch.arange(self.ids.shape[1]).expand_as(self.ids)
@@ -94,5 +99,5 @@ class Rows:
 
     def _trimmed(self) -> Rows:
         assert self.segments is None
-        width = int(self.mask.sum(dim=1).max())
+        width = max(1, int(self.mask.sum(dim=1).max()))
         return Rows(self.domain, self.ids[:, :width], self.mask[:, :width], ragged=True)

@@ -27,10 +27,12 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def read(path, *, length=8, tokens=1000, seed=0, tokenizer=TOKENIZER, vocab_size=NUM_IDS, **spec) -> Rows:
+def read(
+    path, *, packing="concat", length=8, tokens=1000, seed=0, tokenizer=TOKENIZER, vocab_size=NUM_IDS, **spec
+) -> Rows:
     return read_domain(
         DataSpec(source=str(path), **spec), tokenizer=tokenizer, length=length, tokens=tokens, seed=seed,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size, packing=packing,
     )  # fmt: skip
 
 
@@ -83,8 +85,8 @@ def test_messages_without_a_chat_template_are_refused(tmp_path):
     with pytest.raises(DataError) as error:
         read(path)
     assert str(error.value) == (
-        f"{path}: column 'messages' holds chat messages, but the tokenizer has no chat template. "
-        "Choose a column of plain text with --column."
+        f"{path}: these are chats, but the tokenizer has no chat template. Choose a column of plain text "
+        "(column=...), write it from several (text='{{ a }} {{ b }}'), or calibrate the model's instruct variant."
     )
 
 
@@ -118,7 +120,7 @@ def test_the_budget_is_spent_exactly(tmp_path, tokens):
 def test_the_budget_of_a_domain_goes_before_that_of_the_run(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "abcde"}] * 20)
     spec = DataSpec(source=str(path), tokens=13)
-    rows = read_domain(spec, tokenizer=TOKENIZER, length=8, tokens=99, seed=0, vocab_size=NUM_IDS)
+    rows = read_domain(spec, tokenizer=TOKENIZER, length=8, tokens=99, seed=0, vocab_size=NUM_IDS, packing="concat")
     assert rows.num_tokens == 13
 
 
@@ -150,10 +152,11 @@ REFUSED = {
     ),
     "no known column": (
         '{"body": "a"}', {},
-        "no column any of text, content, messages, conversations, prompt. Known: body. Choose one with --column.",
+        "no column any of text, content, messages, conversations, input_ids, prompt. Known: body. Choose one with "
+        "--column.",
     ),
     "a number": ('{"text": 3}', {}, f"column 'text' holds int, {TYPES}"),
-    "null": ('{"text": null}', {}, f"column 'text' holds NoneType, {TYPES}"),
+    "nothing but null": ('{"text": null}', {}, "no text in column '(default)', split 'train'."),
     "other messages": (
         '{"conversations": [{"from": "user", "value": "hi"}]}', {}, f"column 'conversations' holds list, {TYPES}"
     ),
@@ -179,7 +182,6 @@ def test_a_file_without_usable_text(tmp_path, case):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read as json: JSON parse error: Invalid value. in row 1"),
         ("a.json", b"plain words", "cannot be read as json: JSON parse error: Invalid value. in row 0"),
         ("a.txt", b"caf\xe9", "cannot be read as text: 'utf-8' codec can't decode byte 0xe9 in position 3"),
         (
@@ -194,6 +196,22 @@ def test_a_damaged_file(tmp_path, name, content, message):
     with pytest.raises(DataError) as error:
         read(tmp_path / name)
     assert str(error.value).startswith(f"{tmp_path / name}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (b'{"text": ', "line 2: cannot be read as JSON: Expecting value: line 1 column 9 (char 8)."),
+        (b'{"text": "caf\xe9"}', "line 2: cannot be read as JSON: 'utf-8' codec can't decode byte 0xe9 in position 13"),
+        (b'"text"', 'line 2: expected an object such as {"text": "..."}, got b\'"text"\\n\'.'),
+        (b"[" * 100_000, "line 2: cannot be read as JSON: maximum recursion depth exceeded"),
+    ],
+)
+def test_a_damaged_line_of_a_file_is_named(tmp_path, second, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + second + b"\n")
+    with pytest.raises(DataError) as error:
+        read(tmp_path / "a.jsonl")
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}, {message}")
 
 
 def test_ids_beyond_the_embeddings_are_refused_before_the_model_sees_them(tmp_path):

@@ -1,0 +1,1 @@
+"""Calibration text: where it comes from, how rows of data become token ids, how these are packed and kept."""
