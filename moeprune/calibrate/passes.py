@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from moeprune.anatomy.anatomy import Anatomy
-from moeprune.calibrate.data import Rows
+from moeprune.calibrate.decoder import run_decoder
 from moeprune.calibrate.observer import Observer
+from moeprune.calibrate.ranks import Ranks
+from moeprune.calibrate.reservoir import Reservoir
+from moeprune.calibrate.resume import Partial
+from moeprune.calibrate.rows import Rows
+from moeprune.calibrate.sample import TokenSample
+from moeprune.calibrate.schedule import Batch, schedule
 from moeprune.calibrate.stats import Stats
-from moeprune.errors import UnsupportedModelError
+from moeprune.calibrate.stopping import EarlyStop
+from moeprune.calibrate.until import Until, stop_early
+from moeprune.errors import MoePruneError
 from moeprune.facts import ModelFacts
+from moeprune.interrupts import Interrupted, Signals, interruptible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ALONE = Ranks()
 
 
 def collect_stats(
@@ -29,6 +41,11 @@ def collect_stats(
     batch_size: int = 8,
     quiet: bool = False,
     run: dict[str, Any] | None = None,
+    statistics: str = "standard",
+    keep_inputs: Path | None = None,
+    ranks: Ranks = ALONE,
+    partial: Partial | None = None,
+    until: Until | None = None,
 ) -> Stats:
     """One forward pass over the text of every domain, observed.
 
@@ -36,106 +53,146 @@ def collect_stats(
         model: The model in memory, in evaluation mode.
         anatomy: Where its experts are.
         facts: What the statistics say of the model.
-        domains: The packed text.
+        domains: The packed text, all of it on every rank.
         batch_size: Rows a forward pass.
         quiet: No progress bar.
         run: How the text was chosen, for the record.
+        statistics: The level (:data:`moeprune.calibrate.quantities.LEVELS`).
+        keep_inputs: File for the layer inputs of the sampled tokens; level ``full`` only.
+        ranks: This process and those that run the rest of the text.
+        partial: Where unfinished sums are kept and gone on from.
+        until: When to stop before the text ends.
+
+    Returns:
+        The statistics of the whole text on rank 0; on other ranks those of their own part.
 
     Raises:
         StatsError: If a statistic is not finite, naming layer and expert.
         UnsupportedModelError: If the model's experts cannot be observed.
+        Interrupted: At SIGINT or SIGTERM, after the sums were saved.
     """
-    begun = time.perf_counter()
-    observer = Observer(
-        model, experts=tuple(layer.experts for layer in anatomy.layers), num_experts=anatomy.num_experts.value
-    )
-    stats = Stats.zeros(facts, domains=[rows.domain for rows in domains], sums=observer.quantities)
-    total = sum(rows.num_tokens for rows in domains)
-    with (
-        torch.inference_mode(),
-        observer.observing(),
-        tqdm(total=total, unit="tok", unit_scale=True, desc="calibrate", disable=quiet) as bar,
-    ):
-        for rows in domains:
-            observer.start()
-            bar.set_postfix_str(rows.domain)
-            for ids, mask in zip(rows.ids.split(batch_size), rows.mask.split(batch_size), strict=True):
-                run_decoder(model, ids, mask, observer)
-                bar.update(int(mask.sum()))
-            observer.finish(stats, domain=rows.domain, tokens=rows.num_tokens)
-    stats.runs = [{**(run or {}), "seconds": round(time.perf_counter() - begun, 2)}]
+    sample = TokenSample(domains) if statistics == "full" else None
+    begun = partial.load() if partial is not None else None
+    reservoir = None
+    if keep_inputs is not None and sample is not None:
+        hidden = int(anatomy.text_config.hidden_size)
+        fresh = not any(ranks.gather(begun is not None))
+        reservoir = ranks.once_then_all(
+            lambda first: Reservoir(keep_inputs, facts, sample=sample, hidden=hidden, fresh=fresh and first)
+        )
+    observer = Observer.of(model, anatomy, statistics=statistics, sample=sample, reservoir=reservoir)
+    work = _Pass(
+        model=model, observer=observer, batches=schedule(domains, batch_size=batch_size), ranks=ranks, partial=partial,
+        stats=begun[0] if begun else observer.zeros(facts, domains=[rows.domain for rows in domains]),
+        progress=begun[1] if begun else {}, until=until, quiet=quiet,
+    )  # fmt: skip
+    stop = EarlyStop(model, layers=[layer.name for layer in anatomy.layers])
+    with torch.inference_mode(), interruptible() as signals, observer.observing(), stop.watching():
+        work.run(stop, signals)
+    if reservoir is not None:
+        reservoir.close()
+    stats = ranks.reduce(work.stats)
+    stats.runs = [{**(run or {}), **work.record(stats)}]
     stats.check("calibration")
     return stats
 
 
-def run_decoder(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, observer: Observer | None) -> None:
-    """One forward pass without the vocabulary logits, which no statistic needs.
+class _Pass:
+    """One rank's part of the text.
 
-    An encoder-decoder reads the first half of every row and is shown the second as what it should have written: the
-    prefix language modelling of T5 (arXiv 1910.10683, section 3.2.1). Every token of text is seen once, by the half of
-    the model whose turn it is.
-
-    Args:
-        model: The model.
-        ids: Token ids, (batch, length).
-        mask: True where a token is text, (batch, length).
-        observer: Told which tokens count.
-
-    Raises:
-        UnsupportedModelError: If the model does not read text from its first token to its last.
+    Attributes:
+        stats: Its sums so far, always those of whole batches.
     """
-    if getattr(model.config, "canvas_length", None):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} denoises a canvas of random tokens; it does not read text from left to right, and "
-            "statistics of a plain pass would be those of noise."
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        observer: Observer,
+        batches: Sequence[Batch],
+        ranks: Ranks,
+        partial: Partial | None,
+        stats: Stats,
+        progress: dict[str, Any],
+        until: Until | None,
+        quiet: bool,
+    ):
+        self.stats = stats
+        self._model, self._observer, self._ranks, self._partial, self._until = model, observer, ranks, partial, until
+        self._batches = batches
+        self._mine = ranks.share(len(batches))
+        self._done = int(progress.get("batches", 0))
+        self._seconds = float(progress.get("seconds", 0.0))
+        self._begun = time.perf_counter()
+        self._quiet = quiet or not ranks.is_first
+        self._stopped: dict[str, Any] | None = None
+
+    def run(self, stop: EarlyStop, signals: Signals) -> None:
+        """Run what is left, and keep the sums if something ends it."""
+        try:
+            self._run(stop, signals)
+        except MoePruneError:
+            raise  # these sums are not what they should be, or can be had again at once
+        except BaseException as error:
+            if self._partial is not None and self._done:
+                self._partial.save(self.stats, self._progress())
+            if isinstance(error, Interrupted) and self._partial is not None:
+                error.note = f"{self._partial.folder} holds {self._note()}; the same command goes on from there."
+            raise
+
+    def _run(self, stop: EarlyStop, signals: Signals) -> None:
+        checks = self._until.boundaries(len(self._batches)) if self._until is not None else []
+        if checks:
+            # A rank that is ahead has passed checks that another, which goes on from older sums, must not repeat.
+            ahead = max(self._ranks.gather(self._mine[self._done - 1] if self._done else -1))
+            checks = [at for at in checks if at > ahead]
+        with tqdm(unit="tok", unit_scale=True, desc="calibrate", disable=self._quiet) as bar:
+            bar.total = sum(self._batches[at].num_tokens for at in self._mine)
+            bar.update(sum(self._batches[at].num_tokens for at in self._mine[: self._done]))
+            for end in [*checks, len(self._batches)]:
+                while self._done < len(self._mine) and self._mine[self._done] < end:
+                    self._one(self._batches[self._mine[self._done]], stop, signals, bar)
+                if end < len(self._batches) and self._until is not None:
+                    self._stopped = stop_early(self.stats, until=self._until, ranks=self._ranks)
+                    if self._stopped is not None:
+                        break
+        if self._partial is not None and self._ranks.world > 1:
+            self._partial.save(self.stats, self._progress())  # another rank may still fail
+
+    def _one(self, batch: Batch, stop: EarlyStop, signals: Signals, bar: Any) -> None:
+        bar.set_postfix_str(batch.domain, refresh=False)
+        rows = batch.rows()
+        self._observer.start(batch.domain)
+        stop.run(lambda: run_decoder(self._model, rows, self._observer, numbers=batch.numbers))
+        with signals.held():
+            self._observer.finish(self.stats, domain=batch.domain, tokens=rows.num_tokens)
+            self._done += 1
+        bar.update(rows.num_tokens)
+        if self._partial is not None and self._partial.is_due:
+            self._partial.save(self.stats, self._progress())
+
+    def _progress(self) -> dict[str, Any]:
+        rows = dict.fromkeys(self.stats.domains, 0)
+        for at in self._mine[: self._done]:
+            rows[self._batches[at].domain] += len(self._batches[at].numbers)
+        return {"batches": self._done, "of": len(self._mine), "rows": rows, "seconds": self._spent()}
+
+    def _note(self) -> str:
+        return f"the sums of {self._done} of {len(self._mine)} batches" + (
+            f" of rank {self._ranks.rank}" if self._ranks.world > 1 else ""
         )
-    if model.config.is_encoder_decoder:
-        _run_encoder_decoder(model, ids, mask, observer)
-        return
-    if observer is not None:
-        observer.set_mask(mask)
-    _reader(model)(input_ids=ids.to(_device(model)), attention_mask=_attention_mask(mask, model), use_cache=False)
 
+    def _spent(self) -> float:
+        return round(self._seconds + time.perf_counter() - self._begun, 2)
 
-def _run_encoder_decoder(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, observer: Observer | None
-) -> None:
-    half = ids.shape[1] // 2
-    # As T5 has it: the decoder starts with the padding token, unless the config names another.
-    named = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
-    start = next((token for token in named if token is not None), None)
-    if start is None or half == 0:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: an encoder-decoder is calibrated on rows of 2 tokens or more, with a "
-            f"decoder_start_token_id in its config; got rows of {ids.shape[1]} and the id {start}."
-        )
-    # The decoder begins with a token that is not text: it is attended to, and not counted.
-    begin = ids.new_full((len(ids), 1), start)
-    source, target = mask[:, :half], mask[:, half:]
-    if observer is not None:
-        observer.set_mask(torch.cat([torch.zeros_like(mask[:, :1]), target], dim=1), encoder=source)
-    model.base_model(
-        input_ids=ids[:, :half].to(_device(model)),
-        attention_mask=_attention_mask(source, model),
-        decoder_input_ids=torch.cat([begin, ids[:, half:]], dim=1).to(_device(model)),
-        decoder_attention_mask=_attention_mask(torch.cat([torch.ones_like(mask[:, :1]), target], dim=1), model),
-        use_cache=False,
-    )
-
-
-def _attention_mask(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor | None:
-    """What the model takes: 1 for text, or nothing where all is text."""
-    return None if bool(mask.all()) else mask.to(_device(model), torch.long)
-
-
-def _reader(model: PreTrainedModel) -> Any:
-    """The part of the model that reads text, without the head; some models hold several that are called one by one."""
-    reader: Any = model.base_model
-    while type(reader).forward is torch.nn.Module.forward:
-        reader = next(iter(reader.children())).base_model  # Qwen3-Omni: the thinker, then the talker
-    return reader
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    """Where inputs go; an offloaded model moves them itself from the CPU to where it runs."""
-    return torch.device("cpu") if model.device.type == "meta" else model.device
+    def record(self, stats: Stats) -> dict[str, Any]:
+        """What is said of the run in its statistics."""
+        record = {
+            "seconds": self._spent(),
+            "tokens": {name: int(count) for name, count in zip(stats.domains, stats.tokens, strict=True)},
+        }
+        if self._ranks.world > 1:
+            record["ranks"] = self._ranks.world
+        if self._until is not None:
+            record["stopped"] = self._stopped or {"why": "end of the text"}
+        return record

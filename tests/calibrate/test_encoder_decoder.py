@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeprune.calibrate.passes import run_decoder
+from moeprune.calibrate.decoder import run_decoder
 from moeprune.errors import UnsupportedModelError
 from tests.calibrate.experts.models import PATHS, build
 from tests.calibrate.experts.observing import observe_at
@@ -24,7 +24,7 @@ def seen_by(stack):
 def test_every_token_is_given_to_one_half_of_the_model(model):
     encoder, decoder = seen_by(model.encoder), seen_by(model.decoder)
     rows = random_rows("text", rows=2, length=11, padding=3)
-    run_decoder(model, rows.ids, rows.mask, None)
+    run_decoder(model, rows)
     assert encoder[0]["input_ids"].tolist() == rows.ids[:, :5].tolist()
     start = model.config.decoder_start_token_id
     assert decoder[0]["input_ids"].tolist() == [[start, *row] for row in rows.ids[:, 5:].tolist()]
@@ -35,7 +35,7 @@ def test_every_token_is_given_to_one_half_of_the_model(model):
 def test_a_row_that_ends_before_its_second_half_leaves_the_decoder_its_start(model):
     encoder, decoder = seen_by(model.encoder), seen_by(model.decoder)
     rows = random_rows("text", rows=2, length=11, padding=8)
-    run_decoder(model, rows.ids, rows.mask, None)
+    run_decoder(model, rows)
     assert encoder[0]["attention_mask"].tolist() == [[1] * 5, [1] * 3 + [0] * 2]
     assert decoder[0]["attention_mask"].tolist() == [[1] * 7, [1] + [0] * 6]
 
@@ -44,7 +44,7 @@ def test_the_decoder_starts_with_the_padding_token_where_the_config_names_none(m
     decoder = seen_by(model.decoder)
     model.config.decoder_start_token_id, model.config.pad_token_id = None, 7
     rows = random_rows("text", rows=1)
-    run_decoder(model, rows.ids, rows.mask, None)
+    run_decoder(model, rows)
     assert decoder[0]["input_ids"][0, 0] == 7
 
 
@@ -63,7 +63,7 @@ def test_what_cannot_be_split_is_refused(model, length, start):
     model.config.decoder_start_token_id = model.config.pad_token_id = start
     rows = random_rows("text", length=length)
     with pytest.raises(UnsupportedModelError) as error:
-        run_decoder(model, rows.ids, rows.mask, None)
+        run_decoder(model, rows)
     assert str(error.value) == (
         "SwitchTransformersForConditionalGeneration: an encoder-decoder is calibrated on rows of 2 tokens or more, "
         f"with a decoder_start_token_id in its config; got rows of {length} and the id {start}."

@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.data import Rows
-from moeprune.calibrate.passes import collect_stats, run_decoder
+from moeprune.calibrate.decoder import run_decoder
+from moeprune.calibrate.passes import collect_stats
 from moeprune.errors import StatsError, UnsupportedModelError
 from tests.calibrate.reference import assert_close, experts_of, observe, random_rows
 from tests.models import build
@@ -73,7 +74,7 @@ def test_the_vocabulary_logits_are_not_computed(model):
     calls = []
     hook = model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
     rows = random_rows("text")
-    run_decoder(model, rows.ids, rows.mask, None)
+    run_decoder(model, rows)
     hook.remove()
     assert not calls
 
@@ -102,7 +103,7 @@ def test_a_model_that_denoises_a_canvas_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.config, "canvas_length", 256, raising=False)
     rows = random_rows("text")
     with pytest.raises(UnsupportedModelError, match=r"^Glm4MoeForCausalLM denoises a canvas of random tokens"):
-        run_decoder(model, rows.ids, rows.mask, None)
+        run_decoder(model, rows)
 
 
 def test_of_several_models_in_one_the_first_reads(model):
@@ -116,6 +117,6 @@ def test_of_several_models_in_one_the_first_reads(model):
     calls = []
     hook = model.base_model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
     rows = random_rows("text")
-    run_decoder(Several(), rows.ids, rows.mask, None)
+    run_decoder(Several(), rows)
     hook.remove()
     assert calls[0]["input_ids"].tolist() == rows.ids.tolist()
