@@ -26,6 +26,10 @@ class UnsupportedModelError(MoePruneError, ValueError):
     """A model without experts, or with experts that moeprune cannot index."""
 
 
+class RoomError(MoePruneError, OSError):
+    """Too little memory or disk for what was asked."""
+
+
 class DataError(MoePruneError, ValueError):
     """Calibration text that is missing, empty or of the wrong shape."""
 
