@@ -1,8 +1,8 @@
 """Does llm-compressor's calibration let tokens see those that follow them? In llm-compressor's environment.
 
-Two rows begin alike and end differently. In a causal model the beginnings cannot differ anywhere, whatever the ends are,
-so what the first layer's MoE block is given for them is compared; no reference implementation is needed. Then the same
-is asked of rows that end in padding, whose attention mask is not all ones.
+Two rows begin alike and end differently. In a causal model the beginnings cannot differ anywhere, whatever the ends
+are, so what the first layer's MoE block is given for them is compared; no reference implementation is needed. Then the
+same is asked of rows that end in padding, whose attention mask is not all ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def seen_by_block(asked: dict[str, Any], rows: torch.Tensor, mask: torch.Tensor,
             for row, of_row in zip(rows, mask, strict=True):
                 model(input_ids=row[None], attention_mask=of_row[None])
     else:
-        # Calibration before anything is pruned: a sequential pipeline runs the layer once more afterwards.
         dataset = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": mask.tolist()})
         recipe = REAPPruningModifier(sparsity=1 - asked["keep"], ignore=[])
         tokenizer = transformers.AutoTokenizer.from_pretrained(asked["model"])
@@ -59,7 +58,7 @@ def seen_by_block(asked: dict[str, Any], rows: torch.Tensor, mask: torch.Tensor,
             num_calibration_samples=2, shuffle_calibration_samples=False, pipeline=pipeline,
             moe_calibrate_all_experts=False,
         )  # fmt: skip
-    return torch.cat(seen[:2])
+    return torch.cat(seen[:2])  # a sequential pipeline runs the layer once more, after pruning it
 
 
 def without_eager(asked: dict[str, Any], rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,8 @@ def main() -> None:
     """Make both models and the ids in a folder."""
     asked = request()
     folder = Path(asked["folder"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     parameters = make_model(folder / "random")
     copy_demo(folder / "trained")
     ids = read_ids(asked["tokens"] // asked["length"], asked["length"])
