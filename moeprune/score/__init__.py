@@ -3,6 +3,16 @@
 from moeprune.score.base import SCORES, Score
 
 # Each import registers its criterion.
-from moeprune.score import ean, frequency, random, reap, soft_frequency  # noqa: F401  isort: skip
+from moeprune.score import (  # noqa: F401  isort: skip
+    ean,
+    ean_mean,
+    easy_ep,
+    frequency,
+    msan,
+    random,
+    reap,
+    soft_frequency,
+    weighted_ean,
+)
 
 __all__ = ["SCORES", "Score"]

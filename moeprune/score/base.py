@@ -62,8 +62,8 @@ class Score:
         if missing:
             usable = [name for name in SCORES if all(sum_ in stats.experts for sum_ in SCORES.get(name).needs)]
             raise StatsError(
-                f"the score {self.name!r} ({self.formula}) needs {' and '.join(missing)}, which calibration does not "
-                f"give for {stats.model.model_type}. Use one of: {', '.join(usable)}."
+                f"the score {self.name!r} ({self.formula}) needs {' and '.join(missing)}, "
+                f"{stats.why_absent(missing[0])} Use one of: {', '.join(usable)}."
             )
 
     def saliency(

@@ -13,16 +13,22 @@ from moeprune.score import SCORES
 from tests.fake_stats import fake_stats
 
 SUMS = fake_stats().mixed()
+KNOWN = "ean, ean-mean, easy-ep, frequency, msan, random, reap, soft-frequency, weighted-ean"
 
 
 def by_hand(name: str, layer: int, expert: int) -> float:
-    count, gate_sum, norm_sum, gated = (
-        SUMS[key][layer, expert] for key in ("count", "gate_sum", "norm_sum", "gated_norm_sum")
+    count, gate_sum, norm_sum, gated, squares, turned = (
+        SUMS[key][layer, expert]
+        for key in ("count", "gate_sum", "norm_sum", "gated_norm_sum", "norm_sq_sum", "token_gated_norm_sum")
     )
     return {
         "frequency": count,
         "soft-frequency": gate_sum,
         "ean": norm_sum,
+        "ean-mean": norm_sum / count if count else 0.0,
+        "easy-ep": turned,
+        "msan": squares / count if count else 0.0,
+        "weighted-ean": gated,
         "reap": gated / count if count else 0.0,
     }[name]
 
@@ -89,7 +95,7 @@ def test_every_criterion_says_what_it_computes_and_who_proposed_it(name):
 def test_an_unknown_criterion(name, hint):
     with pytest.raises(PlanError) as error:
         SCORES.get(name)
-    assert str(error.value) == f"unknown score {name!r}. {hint}Known: ean, frequency, random, reap, soft-frequency."
+    assert str(error.value) == f"unknown score {name!r}. {hint}Known: {KNOWN}."
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
@@ -125,10 +131,10 @@ def test_a_criterion_that_needs_an_absent_sum_names_those_that_do_not(partial):
         SCORES.get("ean").saliency(partial)
     assert str(error.value) == (
         "the score 'ean' (sum over T of |f|) needs norm_sum, which calibration does not give for llama4_text. "
-        "Use one of: frequency, random, reap, soft-frequency."
+        "Use one of: easy-ep, frequency, random, reap, soft-frequency, weighted-ean."
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean"}))
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean", "ean-mean", "msan"}))
 def test_a_criterion_that_needs_no_absent_sum_is_computed(partial, name):
     np.testing.assert_array_equal(SCORES.get(name).saliency(partial), SCORES.get(name).saliency(fake_stats()))
