@@ -107,8 +107,9 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
 def _chat(messages: list[Message], row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Document:
     """A chat that its template has written; the template also writes the tokens with which it begins and ends."""
     name = spec.tools or "tools"
+    held = _value(row, spec, name) if spec.tools else row.get(name)
     try:
-        tools = as_tools(_value(row, spec, name) if spec.tools else row.get(name))
+        tools = as_tools(held)
     except ValueError as error:
         raise DataError(f"{spec.source}: column {name!r}: {error}.") from error
     text = render_chat(messages, tokenizer=tokenizer, source=spec.source, tools=tools, drop=spec.drop)
@@ -125,8 +126,9 @@ def _answered(row: Row, spec: DataSpec) -> list[Message]:
         return messages
     answer: Message = {"role": "assistant", "content": _words(row, spec, spec.response) if spec.response else ""}
     if spec.tool_calls is not None:
+        held = _value(row, spec, spec.tool_calls)
         try:
-            answer["tool_calls"] = as_calls(_value(row, spec, spec.tool_calls))
+            answer["tool_calls"] = as_calls(held)
         except ValueError as error:
             raise DataError(f"{spec.source}: column {spec.tool_calls!r}: {error}.") from error
     return [*messages, answer]
