@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -41,25 +41,46 @@ class Calibration(_Section):
 
     Attributes:
         data: Named domains; the single word ``demo`` stands for the calibration text of the embedded model.
+        self_generate: Prompts, given like data. The model's own answers to them are calibration text, too.
+        max_new_tokens: Longest of these answers.
         tokens: Token budget of each domain that has none of its own.
         length: Tokens a row.
         batch_size: Rows a forward pass.
         seed: Order of the documents.
+        packing: How documents become rows: ``auto``, ``isolate``, ``pad`` or ``concat``.
+        statistics: What is summed: ``standard``, ``merge`` or ``full``.
+        until_stable: Stop as soon as the split-half reliability of ``stable_score`` reaches this value.
+        stable_score: The score that is looked at.
     """
 
-    data: Annotated[tuple[DataSpec, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+    data: Annotated[tuple[DataSpec, ...], BeforeValidator(_as_list)] = ()
+    self_generate: Annotated[tuple[DataSpec, ...], BeforeValidator(_as_list)] = ()
+    max_new_tokens: int = Field(default=1_024, gt=0)
     tokens: int = Field(default=65_536, gt=0)
     length: int = Field(default=2_048, gt=1)
     batch_size: int = Field(default=8, gt=0)
     seed: int = 0
+    packing: Literal["auto", "isolate", "pad", "concat"] = "auto"
+    statistics: Literal["standard", "merge", "full"] = "standard"
+    until_stable: float | None = Field(default=None, gt=0, lt=1)
+    stable_score: ScoreName = "reap"
 
     @model_validator(mode="before")
     @classmethod
     def _plain_text_is_a_source(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "data" in values:
-            data = [{"source": item} if isinstance(item, str) else item for item in _as_list(values["data"])]
-            return values | {"data": data}
-        return values
+        if not isinstance(values, dict):
+            return values
+        return values | {
+            key: [{"source": item} if isinstance(item, str) else item for item in _as_list(values[key])]
+            for key in ("data", "self_generate")
+            if key in values
+        }
+
+    @model_validator(mode="after")
+    def _there_is_text(self) -> Calibration:
+        if not self.data and not self.self_generate:
+            raise ValueError("no calibration text; give data (a file, a Hub id, a mix or demo) or self_generate")
+        return self
 
 
 class Variant(_Section):
@@ -203,6 +224,7 @@ _SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Recipe,
     ("calibrate",): Calibration,
     ("calibrate", "data"): DataSpec,
+    ("calibrate", "self_generate"): DataSpec,
     ("variants",): Variant,
     ("evaluate",): Evaluation,
     ("throughput",): Throughput,

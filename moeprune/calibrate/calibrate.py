@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeprune import __version__
 from moeprune.anatomy.source import Source
 from moeprune.calibrate.data import Rows, check_domains, read_domain
 from moeprune.calibrate.passes import collect_stats
 from moeprune.calibrate.stats import Stats
-from moeprune.calibrate.text.isolation import choose_packing
+from moeprune.calibrate.text.isolation import check_apart, choose_packing
 from moeprune.checkpoint.classes import transformers_config
 from moeprune.data_mix import expand_data
 from moeprune.data_spec import DataSpec
@@ -72,6 +72,7 @@ def calibrate(
     batch_size: int = 8,
     seed: int = 0,
     quiet: bool = False,
+    **options: Any,
 ) -> Stats:
     """Run the model over the text and collect its statistics.
 
@@ -82,15 +83,27 @@ def calibrate(
         batch_size: Rows a forward pass.
         seed: The seed that ordered the text, for the record.
         quiet: No progress bar.
+        options: Further arguments of :func:`moeprune.calibrate.passes.collect_stats`.
+
+    Raises:
+        UnsupportedModelError: If the experts cannot be observed, or the model mixes documents that rows keep apart.
     """
-    run = {
+    if any(part.segments is not None for part in rows):
+        check_apart(model)
+    run = record(rows, seed=seed, dtype=str(model.dtype).removeprefix("torch."), device=model.device.type)
+    return collect_stats(
+        model, anatomy=source.anatomy, facts=source.facts, domains=rows, batch_size=batch_size, quiet=quiet, run=run,
+        **options,
+    )  # fmt: skip
+
+
+def record(rows: Sequence[Rows], *, seed: int, dtype: str, device: str) -> dict[str, Any]:
+    """What statistics say of how they were made."""
+    return {
         "moeprune": __version__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "dtype": dtype,
+        "device": device.partition(":")[0],
         "seed": seed,
         "length": rows[0].ids.shape[1],
         "tokens": {part.domain: part.num_tokens for part in rows},
     }
-    return collect_stats(
-        model, anatomy=source.anatomy, facts=source.facts, domains=rows, batch_size=batch_size, quiet=quiet, run=run
-    )

@@ -21,7 +21,7 @@ from moeprune.calibrate.sample import TokenSample
 from moeprune.calibrate.schedule import Batch, schedule
 from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.stopping import EarlyStop
-from moeprune.calibrate.until import Until, stop_early
+from moeprune.calibrate.until import Until, outcome, stop_early
 from moeprune.errors import MoePruneError
 from moeprune.facts import ModelFacts
 from moeprune.interrupts import Interrupted, Signals, interruptible
@@ -86,6 +86,8 @@ def collect_stats(
         stats=begun[0] if begun else observer.zeros(facts, domains=[rows.domain for rows in domains]),
         progress=begun[1] if begun else {}, until=until, quiet=quiet,
     )  # fmt: skip
+    if until is not None:
+        until.check(work.stats)
     stop = EarlyStop(model, layers=[layer.name for layer in anatomy.layers])
     with torch.inference_mode(), interruptible() as signals, observer.observing(), stop.watching():
         work.run(stop, signals)
@@ -194,5 +196,5 @@ class _Pass:
         if self._ranks.world > 1:
             record["ranks"] = self._ranks.world
         if self._until is not None:
-            record["stopped"] = self._stopped or {"why": "end of the text"}
+            record["stopped"] = self._stopped or outcome(stats, until=self._until)
         return record

@@ -40,6 +40,7 @@ class Ranks:
         rank: Its number.
         world: How many there are.
         device: Where its model runs, ``cpu`` or ``cuda:N``.
+        here: How many there are on its machine.
         first_here: Whether it is the first on its machine.
         store: Where ranks tell each other of failures (a ``torch.distributed.Store``); None where there is but one.
     """
@@ -47,6 +48,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    here: int = 1
     first_here: bool = True
     store: Any = None
 
@@ -78,7 +80,7 @@ class Ranks:
             store=dist.PrefixStore("sums", store),  # pyright: ignore[reportPrivateImportUsage]
             rank=rank, world_size=world, timeout=PATIENCE,
         )  # fmt: skip
-        return cls(rank, world, device, local == 0, store)
+        return cls(rank, world, device, here, local == 0, store)
 
     @property
     def is_first(self) -> bool:

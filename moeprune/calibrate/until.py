@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeprune.calibrate.ranks import Ranks
+from moeprune.calibrate.reliability import reliability
 from moeprune.calibrate.stats import Stats
 
 CHECKS = 20
+STABLE = "stable"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class Until:
 
     reliability: float
     score: str = "reap"
+
+    def check(self, stats: Stats) -> None:
+        """Raise :class:`moeprune.errors.StatsError` if these statistics will never tell the score's reliability."""
+        reliability(stats, score=self.score)
 
     def boundaries(self, batches: int) -> list[int]:
         """After which batches of the whole text to look: every twentieth of it, whatever the number of ranks."""
@@ -37,14 +43,13 @@ def stop_early(stats: Stats, *, until: Until, ranks: Ranks) -> dict[str, Any] | 
         until: What is enough.
         ranks: The ranks.
     """
-    from moeprune.calibrate.reliability import reliability
-
     whole = ranks.reduce(stats)
 
-    def decide() -> dict[str, Any] | None:
-        reached = reliability(whole, score=until.score)
-        if not reached >= until.reliability:
-            return None
-        return {"why": "stable", "score": until.score, "reliability": reached, "wanted": until.reliability}
+    return ranks.once(lambda: record if (record := outcome(whole, until=until))["why"] == STABLE else None)
 
-    return ranks.once(decide)
+
+def outcome(stats: Stats, *, until: Until) -> dict[str, Any]:
+    """What is said of the end of a run in its statistics."""
+    reached = reliability(stats, score=until.score)
+    why = STABLE if reached >= until.reliability else "end of the text"
+    return {"why": why, "score": until.score, "reliability": reached, "wanted": until.reliability}

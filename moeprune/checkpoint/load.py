@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune.checkpoint.unloaded import is_expected
-from moeprune.errors import CheckpointError, MoePruneError
+from moeprune.errors import CheckpointError, MoePruneError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALIGNMENT = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways to spread a model over GPUs, as accelerate names them."""
 
 
 def choose_device(device: str) -> str:
@@ -32,16 +34,21 @@ def choose_device(device: str) -> str:
     return device
 
 
-def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    path: Path, *, dtype: str = "auto", device: str = "auto", device_map: str | dict[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a checkpoint folder and refuse it if any tensor is missing, unexpected or of another shape.
 
     Args:
         path: The folder.
         dtype: One of :data:`DTYPES`; ``auto`` keeps the stored one.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device_map: Instead of ``device``: one of :data:`DEVICE_MAPS`, to spread the model over all GPUs, or where each
+            of its modules goes.
 
     Raises:
         CheckpointError: If it does not load without a remark.
+        MoePruneError: If a device is not there, or the model does not fit the GPUs that it was to be spread over.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -59,7 +66,7 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
             path,
             config=config,
             dtype=dtype,
-            device_map=choose_device(device),
+            device_map=_checked(device_map, device) or choose_device(device),
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named and refused below
@@ -75,8 +82,28 @@ def load_model(path: Path, *, dtype: str = "auto", device: str = "auto") -> PreT
         if info.get(kind):
             shown = ", ".join(str(key) for key in sorted(info[kind], key=str)[:3])
             raise CheckpointError(f"{path}: {len(info[kind])} {kind.replace('_', ' ')} while loading: {shown} ...")
+    spread = getattr(model, "hf_device_map", {}).values()
+    if isinstance(device_map, str) and not {"cpu", "disk"}.isdisjoint(map(str, spread)):
+        raise MoePruneError(f"{path}: does not fit the GPUs together. Run it layer by layer instead: --stream.")
     align_memory(model)
     return model.eval()
+
+
+def _checked(device_map: str | dict[str, Any] | None, device: str) -> str | dict[str, Any] | None:
+    import torch
+
+    if not isinstance(device_map, str):
+        return device_map
+    if device_map not in DEVICE_MAPS:
+        raise MoePruneError(f"unknown device map {device_map!r}. {did_you_mean(device_map, DEVICE_MAPS)}")
+    if device != "auto":
+        raise MoePruneError(f"--device-map {device_map} uses all GPUs, --device {device} one. Give one of them.")
+    if not torch.cuda.is_available():
+        raise MoePruneError(
+            f"--device-map {device_map} spreads a model over GPUs, but torch sees none. Leave it out, or run the model "
+            "layer by layer: --stream."
+        )
+    return device_map
 
 
 def align_memory(model: PreTrainedModel) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from moeprune.cli import calibrate, check, evaluate, export, inspect, ls, plan, run, stats, verify
 from moeprune.errors import MoePruneError
+from moeprune.interrupts import Interrupted
 
 app = typer.Typer(
     name="moeprune",
@@ -34,6 +36,10 @@ def main() -> None:
     """Run the program; errors that a user can mend end it with their text and exit status 1."""
     try:
         app()
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        raise SystemExit(stop.status) from None
     except MoePruneError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

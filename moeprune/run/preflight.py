@@ -26,7 +26,9 @@ def check_run(space: Workspace, *, force: bool) -> None:
         raise MissingDependencyError("the report needs matplotlib. Install it with: pip install 'moeprune[report]'")
     if space.recipe.evaluate is not None:
         check_tasks(space.recipe.evaluate.tasks, include_path=task_folder(space.recipe.evaluate))
-    check_domains(space.data)
+    prompts = space.recipe.calibrate.self_generate
+    if space.data or not prompts:
+        check_domains(space.data)
     facts = space.source.facts
     domains = [spec.name for spec in space.data]
     for variant in space.plans:
@@ -36,7 +38,7 @@ def check_run(space: Workspace, *, force: bool) -> None:
         except PlanError as error:
             raise PlanError(f"variant {variant.name!r}: {error}") from error
         for domain in variant.domains or {}:
-            if domain not in domains:
+            if domain not in domains and not prompts:  # the rows of prompts name domains, too
                 raise PlanError(f"variant {variant.name!r}: unknown domain {domain!r}. {did_you_mean(domain, domains)}")
 
 

@@ -53,26 +53,16 @@ def stages(space: Workspace) -> Iterator[Stage]:
 
 def _calibrate(space: Workspace) -> Stage:
     def inputs() -> str:
+        specs = [*space.data, *space.recipe.calibrate.self_generate]
         return fingerprint(
             model=space.source.facts.fingerprint,
-            calibrate=space.recipe.calibrate.model_dump(mode="json", exclude={"data"}),
-            data=[
-                spec.model_dump(mode="json", exclude={"source"} if spec.local_format else None) for spec in space.data
-            ],
-            files=[sha256_file(Path(spec.source)) for spec in space.data if spec.local_format],
+            calibrate=space.recipe.calibrate.model_dump(mode="json", exclude={"data", "self_generate"}),
+            data=[spec.model_dump(mode="json", exclude={"source"} if spec.local_format else None) for spec in specs],
+            files=[sha256_file(Path(spec.source)) for spec in specs if spec.local_format],
             dtype=space.recipe.dtype,
         )
 
-    def work() -> None:
-        from moeprune.calibrate.calibrate import calibrate
-
-        settings = space.recipe.calibrate
-        calibrate(
-            space.source, model=space.model, rows=space.rows, batch_size=settings.batch_size, seed=settings.seed,
-            quiet=space.quiet,
-        ).save(space.stats_path)  # fmt: skip
-
-    return Stage("calibrate", inputs, (space.stats_path,), work)
+    return Stage("calibrate", inputs, (space.stats_path,), lambda: space.job.run())
 
 
 def _plan(space: Workspace, name: str) -> Stage:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from moeprune.anatomy.sizes import ModelSizes, measure_sizes
 from moeprune.anatomy.source import Source, open_source
-from moeprune.data_spec import DataSpec, expand_demo
+from moeprune.data_mix import expand_data
+from moeprune.data_spec import DataSpec
 from moeprune.files import sha256_file
 from moeprune.plan.plan import Plan
 from moeprune.recipe import Evaluation, PlanSettings, Recipe
@@ -18,7 +19,8 @@ from moeprune.resources import shipped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moeprune.calibrate.data import Rows
+    from moeprune.calibrate.job import Job
+    from moeprune.calibrate.rows import Rows
 
 
 @dataclass
@@ -65,22 +67,25 @@ class Workspace:
     @cached_property
     def rows(self) -> list[Rows]:
         """The calibration text."""
-        from moeprune.calibrate.calibrate import read_calibration
+        return self.job.rows
 
-        settings = self.recipe.calibrate
-        return read_calibration(
-            self.source,
-            tokenizer=self.tokenizer,
-            data=settings.data,
-            tokens=settings.tokens,
-            length=settings.length,
-            seed=settings.seed,
-        )
+    @cached_property
+    def job(self) -> Job:
+        """The calibration run."""
+        from moeprune.calibrate.job import How, Job
+        from moeprune.calibrate.ranks import Ranks
+        from moeprune.checkpoint.load import choose_device
+
+        return Job(
+            self.source, out=self.stats_path, settings=self.recipe.calibrate,
+            how=How(dtype=self.recipe.dtype, quiet=self.quiet), ranks=Ranks(device=choose_device(self.device)),
+            load=lambda: self.model,
+        )  # fmt: skip
 
     @cached_property
     def data(self) -> tuple[DataSpec, ...]:
-        """The calibration domains, ``demo`` resolved."""
-        return expand_demo(self.recipe.calibrate.data)
+        """The calibration domains, ``demo`` and mixes resolved; without those of the model's own answers."""
+        return expand_data(self.recipe.calibrate.data, tokens=self.recipe.calibrate.tokens)
 
     @property
     def plans(self) -> tuple[PlanSettings, ...]:

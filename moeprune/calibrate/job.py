@@ -1,0 +1,259 @@
+"""A calibration run from settings to a statistics file: which text, in which way, gone on from where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeprune import __version__
+from moeprune.anatomy.source import Source
+from moeprune.calibrate.calibrate import calibrate, read_calibration, record
+from moeprune.calibrate.generate import answers_as_data, generate_answers
+from moeprune.calibrate.prompts import read_prompts
+from moeprune.calibrate.quantities import cost_of
+from moeprune.calibrate.ranks import Ranks
+from moeprune.calibrate.resume import Partial, partial_folder
+from moeprune.calibrate.rows import Rows
+from moeprune.calibrate.sample import SAMPLED_TOKENS
+from moeprune.calibrate.stats import Stats
+from moeprune.calibrate.until import Until
+from moeprune.checkpoint.load import load_model, load_tokenizer
+from moeprune.errors import MoePruneError, RoomError
+from moeprune.recipe import Calibration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class How:
+    """What does not belong to a recipe: it changes where and when things are computed, not what.
+
+    Attributes:
+        dtype: In which the model runs.
+        device_map: How a model is spread over the GPUs of this process, if it is.
+        stream: Layer by layer or as a whole; None leaves it to the memory there is.
+        offload_hidden: Folder for hidden states when the model runs layer by layer.
+        keep_inputs: File for the layer inputs of the sampled tokens.
+        save_every: Minutes between two saves of unfinished sums.
+        quiet: No progress bar.
+    """
+
+    dtype: str = "auto"
+    device_map: str | None = None
+    stream: bool | None = None
+    offload_hidden: Path | None = None
+    keep_inputs: Path | None = None
+    save_every: float = 10.0
+    quiet: bool = False
+
+
+class Job:
+    """One calibration run.
+
+    Args:
+        source: The model.
+        out: The statistics file. Unfinished sums and the model's own answers are kept beside it.
+        settings: The text and what is summed.
+        how: Where and when.
+        ranks: This process among those that share the text.
+        load: Gives the model in memory; by default it is loaded.
+        say: Receives one line for each thing that was decided without being asked for.
+
+    Raises:
+        MoePruneError: If options contradict each other.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        out: Path,
+        settings: Calibration,
+        how: How,
+        ranks: Ranks,
+        load: Callable[[], PreTrainedModel] | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ):
+        self.source, self.out, self.settings, self.how, self.ranks = source, out, settings, how, ranks
+        self._load = load or self._loaded
+        self._say = say if ranks.is_first else lambda line: None
+        _check(settings, how, ranks)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model in memory."""
+        return self._load()
+
+    @cached_property
+    def rows(self) -> list[Rows]:
+        """The text: read, tokenised and packed by rank 0, after the model has answered prompts if it is to."""
+        settings = self.settings
+        data = settings.data + (answers_as_data(self._answers()) if settings.self_generate else ())
+        return self.ranks.once(
+            lambda: read_calibration(
+                self.source, tokenizer=load_tokenizer(self.source.path), data=data, tokens=settings.tokens,
+                length=settings.length, seed=settings.seed, packing=settings.packing, cache=True,
+            )
+        )  # fmt: skip
+
+    def _answers(self) -> Path:
+        """The file with the model's answers, written by rank 0."""
+        settings = self.settings
+        if self.streamed[0]:
+            raise RoomError(
+                f"--self-generate needs the whole model in memory, to write one token after the other "
+                f"({self.streamed[1]}). Have the answers written elsewhere and give them with --data."
+            )
+        tokenizer = load_tokenizer(self.source.path)
+        model, path = self.model, self.out.with_name(f"{self.out.name}.answers.jsonl")
+        return self.ranks.once(
+            lambda: generate_answers(
+                model, tokenizer, read_prompts(settings.self_generate, tokenizer=tokenizer, seed=settings.seed),
+                out=path, max_new_tokens=settings.max_new_tokens, seed=settings.seed, batch_size=settings.batch_size,
+                name=self.source.facts.fingerprint, quiet=self.how.quiet,
+            )
+        )  # fmt: skip
+
+    @cached_property
+    def streamed(self) -> tuple[bool, str]:
+        """Whether the model runs layer by layer, and why."""
+        from moeprune.calibrate.streaming.memory import fits
+
+        how = self.how
+        if how.device_map is not None:
+            return False, f"the model is spread over the GPUs (--device-map {how.device_map})"
+        if how.stream is not None:
+            return how.stream, "as asked for"
+        sharing = self.ranks.here if self.ranks.device == "cpu" else 1
+        fit, why = fits(self.source, device=self.ranks.device, dtype=how.dtype, sharing=sharing)
+        return not all(self.ranks.gather(fit)), why
+
+    def describe(self) -> dict[str, Any]:
+        """What :meth:`run` would do, as plain JSON. Reads the text, and nothing of the model but its headers.
+
+        Raises:
+            MoePruneError: If the text is still to be written by the model, or cannot be read.
+        """
+        if self.settings.self_generate:
+            raise MoePruneError(
+                "--dry-run reads the text; that of --self-generate does not exist before the model ran."
+            )
+        streamed, why = self.streamed
+        hidden = int(self.source.anatomy.text_config.hidden_size)
+        tokens = {part.domain: part.num_tokens for part in self.rows}
+        cost = cost_of(
+            self.settings.statistics, self.source.facts, hidden=hidden, domains=len(tokens),
+            sampled=min(SAMPLED_TOKENS, sum(tokens.values())), reservoir=self.how.keep_inputs is not None,
+        )  # fmt: skip
+        return {
+            "model": self.source.name,
+            "tokens": tokens,
+            "rows": {part.domain: len(part) for part in self.rows},
+            "length": self.rows[0].ids.shape[1],
+            "packing": self.rows[0].packing,
+            "ranks": self.ranks.world,
+            "device": self.how.device_map or self.ranks.device,
+            "pass": "layer by layer" if streamed else "whole model",
+            "why": why,
+            "statistics": self.settings.statistics,
+            **cost,
+        }
+
+    def run(self) -> Stats:
+        """Run the text, or what is left of it, and write the statistics.
+
+        Returns:
+            The statistics of the whole text on rank 0; on other ranks those of their own part.
+
+        Raises:
+            MoePruneError: Whatever text, model or memory do not allow.
+            Interrupted: At SIGINT or SIGTERM.
+        """
+        streamed, why = self.streamed
+        if streamed and self.settings.until_stable is not None:
+            raise MoePruneError(
+                "--until-stable looks at the sums of all layers now and then; a run layer by layer has them at its end "
+                f"only ({why})."
+            )
+        partial = self._partial()
+        stats = self._streamed(partial, why) if streamed else self._whole(partial)
+        if self.ranks.is_first:
+            stats.save(self.out)
+        self.ranks.wait()
+        partial.remove()
+        return stats
+
+    def _whole(self, partial: Partial) -> Stats:
+        settings = self.settings
+        until = Until(settings.until_stable, settings.stable_score) if settings.until_stable is not None else None
+        return calibrate(
+            self.source, model=self.model, rows=self.rows, batch_size=settings.batch_size, seed=settings.seed,
+            quiet=self.how.quiet, statistics=settings.statistics, keep_inputs=self.how.keep_inputs, ranks=self.ranks,
+            partial=partial, until=until,
+        )  # fmt: skip
+
+    def _streamed(self, partial: Partial, why: str) -> Stats:
+        from moeprune.calibrate.streaming.passes import stream_stats
+
+        if self.how.stream is None:
+            self._say(f"The model runs layer by layer: {why}.")
+        how, settings = self.how, self.settings
+        return stream_stats(
+            self.source, rows=self.rows, batch_size=settings.batch_size, dtype=how.dtype, device=self.ranks.device,
+            quiet=how.quiet, statistics=settings.statistics, keep_inputs=how.keep_inputs, ranks=self.ranks,
+            partial=partial, offload_hidden=how.offload_hidden,
+            run=record(self.rows, seed=settings.seed, dtype=how.dtype, device=self.ranks.device),
+        )  # fmt: skip
+
+    def _loaded(self) -> PreTrainedModel:
+        device = "auto" if self.how.device_map is not None else self.ranks.device
+        return load_model(self.source.path, dtype=self.how.dtype, device=device, device_map=self.how.device_map)
+
+    def _partial(self) -> Partial:
+        settings, ranks = self.settings, self.ranks
+        inputs = {
+            "model": self.source.facts.fingerprint,
+            "text": fingerprint_rows(self.rows),
+            "batch_size": settings.batch_size,
+            "statistics": settings.statistics,
+            "keep_inputs": str(self.how.keep_inputs),
+            "until_stable": [settings.until_stable, settings.stable_score],
+            "dtype": self.how.dtype,
+            "device": self.how.device_map or ranks.device.partition(":")[0],
+            "versions": {"moeprune": __version__} | {name: version(name) for name in ("torch", "transformers")},
+        }
+        return Partial(
+            partial_folder(self.out), inputs, rank=ranks.rank, world=ranks.world, every=60 * self.how.save_every,
+            say=self._say,
+        )  # fmt: skip
+
+
+def fingerprint_rows(rows: Sequence[Rows]) -> str:
+    """SHA-256 of everything that a model is given of some text."""
+    digest = hashlib.sha256()
+    for part in rows:
+        digest.update(f"{part.domain} {tuple(part.ids.shape)} {part.packing}".encode())
+        for tensor in (part.ids, part.mask, part.segments):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(settings: Calibration, how: How, ranks: Ranks) -> None:
+    if how.stream is False and how.offload_hidden is not None:
+        raise MoePruneError("--offload-hidden is for a run layer by layer. Leave it or --no-stream out.")
+    if how.device_map is not None and how.stream:
+        raise MoePruneError("--device-map holds the whole model, --stream does not. Give one of them.")
+    if how.device_map is not None and ranks.here > 1:
+        raise MoePruneError(
+            f"--device-map {how.device_map} gives all GPUs of a machine to one process, but {ranks.here} ranks run "
+            "here. Start one rank a machine, or leave it out."
+        )
+    if how.keep_inputs is not None and settings.statistics != "full":
+        raise MoePruneError("--keep-inputs keeps the inputs of the sampled tokens. It needs --stats full.")
