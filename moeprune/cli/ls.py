@@ -82,6 +82,8 @@ def _tasks() -> list[dict[str, Any]]:
 
 
 def _data() -> list[dict[str, Any]]:
+    from moeprune.data_mix import load_mix, mixes
     from moeprune.data_spec import DataSpec, expand_demo
 
-    return [{"name": f"demo/{spec.domain}", "path": spec.source} for spec in expand_demo([DataSpec(source="demo")])]
+    demo = [{"name": f"demo/{spec.domain}", "about": spec.source} for spec in expand_demo([DataSpec(source="demo")])]
+    return demo + [{"name": name, "about": load_mix(path).about} for name, path in mixes().items()]
