@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial as bound
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moeprune.anatomy.axes import decoder_layer_of
 from moeprune.anatomy.source import Source
 from moeprune.calibrate.decoder import run_decoder
 from moeprune.calibrate.observer import Observer
@@ -32,6 +30,7 @@ from moeprune.calibrate.streaming.memory import check_hidden, check_layers
 from moeprune.calibrate.streaming.replay import Result
 from moeprune.calibrate.streaming.shelf import DiskShelf
 from moeprune.calibrate.streaming.tree import leaves
+from moeprune.checkpoint.load import choose_device
 from moeprune.interrupts import Interrupted, Signals, interruptible
 
 TRIED_TOKENS = 16
@@ -78,7 +77,7 @@ def stream_stats(
         UnsupportedModelError: If the model's experts cannot be observed, or it cannot be streamed.
         Interrupted: At SIGINT or SIGTERM.
     """
-    place = torch.device(ranks.device if ranks.world > 1 else _device(device))
+    place = torch.device(ranks.device if ranks.world > 1 else choose_device(device))
     stream = LayerStream(source, dtype=dtype, device=place)
     sample = TokenSample(rows) if statistics == "full" else None
     batches = schedule(rows, batch_size=batch_size)
@@ -106,12 +105,6 @@ def stream_stats(
     stats.runs = [{**(run or {}), **work.record(stats), **({"ranks": ranks.world} if ranks.world > 1 else {})}]
     stats.check("calibration")
     return stats
-
-
-def _device(device: str) -> str:
-    from moeprune.checkpoint.load import choose_device
-
-    return choose_device(device)
 
 
 class _Layers:
@@ -148,16 +141,16 @@ class _Layers:
         """Run what is left, and say how to go on if something ends it."""
         if not self._batches:
             return
+        finished = False
         try:
             self._run(observer, stats, signals)
+            finished = True
         except Interrupted as error:
             error.note = self._note()
             raise
-        if self._partial is not None and self._folder is not None:
-            self._partial.remove()
-            shutil.rmtree(self._folder)
-            with suppress(OSError):  # other ranks' hidden states are still there
-                self._folder.parent.rmdir()
+        finally:
+            if self._folder is not None and (finished or self._partial is None):
+                shutil.rmtree(self._folder)
 
     def _run(self, observer: Observer, stats: Stats, signals: Signals) -> None:
         forwards = [self._forward(batch, observer) for batch in self._batches]
@@ -197,7 +190,7 @@ class _Layers:
             observer.finish(stats, domain=domain, tokens=self._tokens(path, domain))
 
     def _tokens(self, path: str, domain: str) -> int:
-        """How many tokens to count for a domain with a layer: all of those it sees, with the first layer to see them."""
+        """How many tokens to count for a domain with a layer: those that it is the first to see."""
         assert self._stream.schedule is not None
         stack = path.rpartition(".")[0]
         observed = (one for one in self._stream.schedule.order if one in self._stream.holders)
@@ -242,7 +235,7 @@ class _Layers:
 
     def _note(self) -> str:
         if self._folder is None:
-            return "Hidden states were in memory, so that the next run starts again; --offload-hidden keeps them on a disk."
+            return "Hidden states were in memory, so that the next run starts again; --offload-hidden keeps them."
         if self._partial is None or not self._next:
             return ""
         return f"{self._folder} holds the text after {self._next} layers; the same command goes on from there."

@@ -1,9 +1,9 @@
 """One decoder layer in the model's own forward pass.
 
-The forward pass of a batch is begun anew for every layer. Layers before the one that is wanted return what they returned
-before instead of computing it, and the pass is left as soon as the wanted layer has run. So masks, positions, streams of
-residuals and whatever else a model does outside of its layers are its own business, and are in memory for one batch at
-a time; beside the weights of one layer there are only the outputs of layers that are still to be read.
+The forward pass of a batch is begun anew for every layer. Layers before the one that is wanted return what they
+returned before instead of computing it, and the pass is left as soon as the wanted layer has run. So masks, positions,
+streams of residuals and whatever else a model does outside of its layers are its own business, and are in memory for
+one batch at a time; beside the weights of one layer there are only the outputs of layers that are still to be read.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune.calibrate.streaming.stored import fill
+from moeprune.calibrate.streaming.stored import bytes_of, fill
 from moeprune.calibrate.streaming.tree import mapped
 from moeprune.errors import MoePruneError
 
@@ -111,7 +111,7 @@ def encode(nest: Any, file: FileIO | None) -> Any:
     if isinstance(nest, Tensor):
         at = 0 if file is None else file.tell()
         if file is not None:
-            view = memoryview(nest.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            view = bytes_of(nest.detach().cpu().contiguous())
             while len(view):
                 view = view[file.write(view) :]
         return {"tensor": [str(nest.dtype).removeprefix("torch."), list(nest.shape), at]}
@@ -132,7 +132,7 @@ def decode(code: Any, file: FileIO | None, device: torch.device) -> Any:
             if file is None:
                 return torch.empty(shape, dtype=dtype, device="meta")
             tensor = torch.empty(shape, dtype=dtype)
-            fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), start)
+            fill(file, bytes_of(tensor), start)
             return tensor.to(device)
         case "dict":
             return {key: decode(value, file, device) for key, value in content}

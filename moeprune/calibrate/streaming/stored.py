@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import FileIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored tensor that has not been read. It has the three methods of a safetensors slice that transformers uses."""
+    """A stored tensor that has not been read, with the methods of a safetensors slice that transformers uses."""
 
     info: TensorInfo
 
@@ -78,7 +79,7 @@ def read_into(place: Tensor, info: TensorInfo) -> None:
     assert place.numel() * place.element_size() == info.num_bytes
     if not info.num_bytes:
         return
-    view = memoryview(place.reshape(-1).view(torch.uint8).numpy())
+    view = bytes_of(place)
     try:
         with info.file.open("rb", buffering=0) as file:
             fill(file, view, info.start)
@@ -86,6 +87,12 @@ def read_into(place: Tensor, info: TensorInfo) -> None:
         raise CheckpointError(f"{info.file}: cannot be read ({error.strerror}).") from error
     except EOFError as error:
         raise CheckpointError(f"{info.file}: ends inside {info.name!r}. Did another program write to it?") from error
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def fill(file: FileIO, view: memoryview, start: int) -> None:
