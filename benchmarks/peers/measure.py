@@ -8,6 +8,7 @@ shared. CPU seconds with one thread repeat well; wall seconds hold whatever else
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -31,7 +32,11 @@ def measure(*, folder: Path, rounds: int, tokens: int, reap: str) -> Iterator[di
     """
     place = make_workplace(folder, reap=reap)
     yield from ({"measured": "nothing", "tool": owner, "why": why} for owner, why in place.missing.items())
-    inputs = folder / "inputs"
+    with tempfile.TemporaryDirectory(dir=folder) as inputs:
+        yield from _measured(place, Path(inputs), rounds=rounds, tokens=tokens)
+
+
+def _measured(place: Workplace, inputs: Path, *, rounds: int, tokens: int) -> Iterator[dict[str, Any]]:
     made = ask(place.pythons["moeprune"], "inputs.py", folder=str(inputs), tokens=tokens, length=LENGTH)
     answers = _run_in_turn(place, inputs, rounds=rounds)
     load = answers[OURS, "float32"][-1]["load"]
