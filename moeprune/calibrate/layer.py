@@ -21,6 +21,7 @@ from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.sums import LayerAccumulator, chosen_experts, rows_of, turn
 
 LOGITS = frozenset({"margin_sum", "logit_sum", "logit_gram"})
+SAMPLED = frozenset(name for name, quantity in QUANTITIES.items() if quantity.level == "full")
 TURNED = "token_gated_norm_sum"
 
 
@@ -149,6 +150,9 @@ class LayerObserver:
 
     def _add_sample(self, seen: Seen, batch: Batch) -> None:
         if batch.sampled is None or batch.slots is None or seen.inputs is None:
+            self.given -= SAMPLED
+            return
+        if not len(batch.slots):
             return
         inputs = seen.inputs[batch.sampled]
         if self._keep is not None:

@@ -44,7 +44,9 @@ class Reservoir:
         places = np.stack([sample.domain, sample.row, sample.position]).astype(np.int64)
         entries = [(name, "I64", (sample.num_tokens,), places[0].nbytes) for name in ("domain", "row", "position")]
         meta = {"format": 1, "model": model.model_dump(mode="json")}
-        header = encode_header([*entries, (NAME, "BF16", shape, int(np.prod(shape)) * 2)], {"moeprune": json.dumps(meta)})
+        header = encode_header(
+            [*entries, (NAME, "BF16", shape, int(np.prod(shape)) * 2)], {"moeprune": json.dumps(meta)}
+        )
         begin = len(header) + places.nbytes
         if fresh:
             path.parent.mkdir(parents=True, exist_ok=True)

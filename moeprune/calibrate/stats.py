@@ -210,7 +210,7 @@ class Stats:
 
     def mixed(
         self, weights: Mapping[str, float] | None = None, *, names: Sequence[str] | None = None
-    ) -> dict[str, Float64[ndarray, "layers experts"]]:
+    ) -> dict[str, Float64[ndarray, "layers ..."]]:
         """The expert sums over all domains.
 
         Args:
@@ -261,6 +261,17 @@ def kind_of(name: str) -> str:
     return "sum" if quantity is None else quantity.kind
 
 
+def check_same_model(parts: Sequence[Stats], *, what: str) -> None:
+    """Refuse statistics of different models, which cannot be merged or compared (``what``)."""
+    first = parts[0].model
+    for part in parts[1:]:
+        if part.model.fingerprint != first.fingerprint or part.model.layers != first.layers:
+            raise StatsError(
+                f"statistics of different models cannot be {what}: {first.name} ({first.fingerprint[:12]}) and "
+                f"{part.model.name} ({part.model.fingerprint[:12]})."
+            )
+
+
 def merge_stats(parts: Sequence[Stats]) -> Stats:
     """The statistics of one run over all texts of ``parts``. Domains of the same name are added together.
 
@@ -275,12 +286,7 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
     """
     assert parts, "merge_stats needs at least one part"
     first = parts[0].model
-    for part in parts[1:]:
-        if part.model.fingerprint != first.fingerprint or part.model.layers != first.layers:
-            raise StatsError(
-                f"statistics of different models cannot be merged: {first.name} ({first.fingerprint[:12]}) and "
-                f"{part.model.name} ({part.model.fingerprint[:12]})."
-            )
+    check_same_model(parts, what="merged")
     saw = [part for part in parts if part.tokens.any()] or list(parts)
     merged = Stats.zeros(
         first,

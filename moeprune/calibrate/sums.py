@@ -170,9 +170,7 @@ def pieces(values: Tensor) -> list[slice]:
     return [slice(begin, min(begin + step, total)) for begin in range(0, max(total, 1), step)]
 
 
-def turn(
-    residual: Float[Tensor, "tokens hidden"], added: Float[Tensor, "tokens hidden"]
-) -> Float[Tensor, " tokens"]:
+def turn(residual: Float[Tensor, "tokens hidden"], added: Float[Tensor, "tokens hidden"]) -> Float[Tensor, " tokens"]:
     """``1 - cos(x, x + y)`` of every token, float64: how far y turns x.
 
     The difference of two numbers near 1 would lose what matters. With a = x x, b = x y, c = y y the squared sine is

@@ -12,7 +12,10 @@ from moeprune.cli.options import Force, Json, Quiet, print_json, refuse_existing
 if TYPE_CHECKING:
     from moeprune.calibrate.stats import Stats
 
-app = typer.Typer(help="Look at statistics files and add them together.", no_args_is_help=True)
+app = typer.Typer(help="Look at statistics files, compare them and add them together.", no_args_is_help=True)
+
+Score = Annotated[str, typer.Option(help="Score by which experts are ranked (`moeprune ls scores`).")]
+Keep = Annotated[float, typer.Option(help="Share of experts that count as kept.", min=0.0, max=1.0)]
 
 
 @app.command()
@@ -38,56 +41,92 @@ def merge(
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A statistics file.")],
+    score: Score = "reap",
+    keep: Keep = 0.5,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens by layer and expert into this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a statistics file saw: tokens by domain, load entropy by layer, experts that were never chosen.
+    """Say what a statistics file saw: tokens an expert, experts to beware of, how well domains and halves agree.
 
-    Example: `moeprune stats show stats.safetensors`
+    Example: `moeprune stats show stats.safetensors --plot coverage.png`
     """
     from moeprune.calibrate.stats import Stats
+    from moeprune.cli.stats_text import lines
 
-    facts = describe(Stats.load(file))
+    stats = Stats.load(file)
+    facts = describe(stats, score=score, keep=keep)
+    if plot is not None:
+        from moeprune.report.plots.coverage import plot_coverage
+
+        plot_coverage(stats, plot)
     if as_json:
         print_json(facts)
         return
-    typer.echo(
-        f"{facts['model']}: {facts['tokens']:,} tokens, {facts['never_routed']} of {facts['experts']} experts "
-        "never chosen"
-    )
-    if facts["absent"]:
-        typer.echo(f"  this model gives no {', no '.join(facts['absent'])}")
-    for name, tokens in facts["domains"].items():
-        typer.echo(f"  {name:<20} {tokens:>12,} tokens")
-    typer.echo("  layer                load entropy (1 = even)   busiest / mean   never chosen")
-    for layer in facts["layers"]:
-        typer.echo(
-            f"  {layer['layer']:<20} {layer['load_entropy']:>12.3f} {layer['busiest']:>20.2f} "
-            f"{layer['never_routed']:>14}"
-        )
+    for line in lines(facts):
+        typer.echo(line)
 
 
-def describe(stats: Stats) -> dict[str, Any]:
-    """Facts about a statistics file as plain JSON."""
-    import numpy as np
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A statistics file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same model.")],
+    score: Score = "reap",
+    keep: Keep = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Say how two statistics of one model differ: which experts one would keep and the other would not.
 
-    from moeprune.calibrate.load import load_entropy
+    Example: `moeprune stats diff short.safetensors long.safetensors`
+    """
+    from moeprune.calibrate.coverage import difference
+    from moeprune.calibrate.stats import Stats
+    from moeprune.cli.stats_text import diff_lines
+
+    facts = difference(Stats.load(first), Stats.load(second), score=score, keep=keep)
+    if as_json:
+        print_json(facts)
+        return
+    for line in diff_lines(facts, names=(str(first), str(second))):
+        typer.echo(line)
+
+
+def describe(stats: Stats, *, score: str = "reap", keep: float = 0.5) -> dict[str, Any]:
+    """Facts about a statistics file as plain JSON.
+
+    Args:
+        stats: The statistics.
+        score: Name of the criterion by which domains are compared.
+        keep: Share of experts to keep, for overlaps.
+    """
+    from dataclasses import asdict
+
+    from moeprune.calibrate.coverage import agreement, layer_coverage, super_experts
+    from moeprune.calibrate.reliability import split_half, usable_scores
+    from moeprune.score import SCORES
 
     counts = stats.experts["count"].sum(axis=0)
-    entropy = load_entropy(counts)
+    SCORES.get(score)
+    found = super_experts(stats)
+    layers = layer_coverage(stats)
+    halves = [split_half(stats, score=name, keep=keep) for name in usable_scores(stats)]
+    usable = not SCORES.get(score).missing(stats)
     return {
         "model": stats.model.name,
+        "statistics": stats.statistics,
         "tokens": int(stats.tokens.sum()),
         "domains": {name: int(n) for name, n in zip(stats.domains, stats.tokens, strict=True)},
         "experts": int(counts.size),
         "never_routed": int((counts == 0).sum()),
+        "starved": sum(len(layer.starved) for layer in layers),
+        "unseen_layers": list(stats.unseen_layers),
         "absent": list(stats.absent),
-        "layers": [
-            {
-                "layer": name,
-                "load_entropy": float(entropy[i]),
-                "busiest": float(counts[i].max() / np.maximum(counts[i].mean(), 1e-12)),
-                "never_routed": int((counts[i] == 0).sum()),
-            }
-            for i, name in enumerate(stats.model.layers)
+        "layers": [asdict(layer) for layer in layers],
+        "super_experts": None if found is None else [asdict(expert) for expert in found],
+        "score": score,
+        "keep": keep,
+        "agreement": [asdict(pair) for pair in agreement(stats, score=score, keep=keep)] if usable else [],
+        "reliability": [
+            {"score": half.score, "correlation": half.mean, "overlap": half.mean_overlap, "layers": len(half.layers)}
+            for half in halves
         ],
     }

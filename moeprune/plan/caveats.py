@@ -34,6 +34,7 @@ def caveats(
     count = len(chosen[0])
     at = np.arange(len(chosen))[:, None], np.stack(chosen)
     if count < model.num_experts:
+        yield from _unseen(model, seen)
         starved = int((seen[at] < STARVED_TOKENS).sum())
         if starved:
             yield (
@@ -49,6 +50,17 @@ def caveats(
         )
     if top_k == count:
         yield f"every token uses all {count} experts: the router only weighs them."
+
+
+def _unseen(model: ModelFacts, seen: ndarray) -> Iterator[str]:
+    """Where no token was routed all saliencies are equal, and equal saliencies are decided by the lower id."""
+    layers = [name for name, tokens in zip(model.layers, seen.sum(axis=1), strict=True) if not tokens]
+    if layers:
+        named = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        yield (
+            f"no token was routed in {named}: the kept experts there were chosen by their id alone. Calibrate on text "
+            "that reaches them."
+        )
 
 
 def _softmax(model: ModelFacts, *, dropped: float) -> Iterator[str]:

@@ -52,15 +52,19 @@ class Score:
     source: str
     needs: tuple[str, ...]
 
+    def missing(self, stats: Stats) -> list[str]:
+        """Names of the sums that the criterion needs and the statistics do not have."""
+        return [name for name in self.needs if name not in stats.experts]
+
     def check(self, stats: Stats) -> None:
         """Refuse statistics without a sum that the criterion needs.
 
         Raises:
             StatsError: Naming the sum, the model type and the criteria that can be used instead.
         """
-        missing = [name for name in self.needs if name not in stats.experts]
+        missing = self.missing(stats)
         if missing:
-            usable = [name for name in SCORES if all(sum_ in stats.experts for sum_ in SCORES.get(name).needs)]
+            usable = [name for name in SCORES if not SCORES.get(name).missing(stats)]
             raise StatsError(
                 f"the score {self.name!r} ({self.formula}) needs {' and '.join(missing)}, "
                 f"{stats.why_absent(missing[0])} Use one of: {', '.join(usable)}."

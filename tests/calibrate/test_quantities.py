@@ -63,7 +63,7 @@ def test_a_level_has_all_of_those_below_it(statistics):
 
 
 def test_an_unknown_level_is_refused_with_the_known_ones():
-    with pytest.raises(StatsError, match="unknown level of statistics 'ful'. Did you mean 'full'?"):
+    with pytest.raises(StatsError, match=r"unknown level of statistics 'ful'\. Did you mean 'full'\?"):
         at_level("ful")
 
 
@@ -228,7 +228,10 @@ def test_the_cost_is_that_of_the_arrays(statistics):
     arrays = dict(stats.arrays())
     tokens = arrays.pop("tokens").nbytes + arrays.pop("halves.tokens").nbytes
     assert tokens == 2 * 8 * 3
-    assert sum(array.nbytes for array in arrays.values()) == cost_of(statistics, stats.model, hidden=32, domains=2)["bytes"]
+    assert (
+        sum(array.nbytes for array in arrays.values())
+        == cost_of(statistics, stats.model, hidden=32, domains=2)["bytes"]
+    )
 
 
 def test_every_quantity_says_what_it_is():

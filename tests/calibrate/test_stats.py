@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from moeprune.calibrate.stats import EXPERT_SUMS, LAYER_SUMS, Stats, merge_stats
 from moeprune.cli import app
 from moeprune.errors import StatsError
+from moeprune.score import SCORES
 from tests.fake_stats import fake_stats
 
 INCOMPLETE = r"^{}: not a complete statistics file \(.+\)\. Calibrate again\.$"
@@ -155,6 +156,77 @@ def test_sums_that_a_model_does_not_give_are_not_in_the_file(partial, tmp_path):
     assert fake_stats().absent == ()
 
 
+def test_statistics_of_format_1_are_read(tmp_path):
+    """They had six expert sums and the entropy, and neither halves nor a level."""
+    stats, path = fake_stats(), tmp_path / "stats"
+    old = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "max_abs")
+    arrays = {f"experts.{name}": stats.experts[name] for name in old} | {"tokens": stats.tokens}
+    arrays["layers.gate_entropy_sum"] = stats.layers["gate_entropy_sum"]
+    header = {"format": 1, "model": stats.model.model_dump(mode="json"), "domains": list(stats.domains), "runs": []}
+    save_file(arrays, path, {"moeprune": json.dumps(header)})
+    loaded = Stats.load(path)
+    assert loaded.format == 1 and loaded.statistics == "standard" and loaded.halves == {} and loaded.more == {}
+    assert loaded.experts.keys() == set(old)
+    np.testing.assert_array_equal(SCORES.get("reap").saliency(loaded), SCORES.get("reap").saliency(stats))
+    with pytest.raises(
+        StatsError, match=r"token_gated_norm_sum, which statistics of format 1 do not have\. Calibrate a"
+    ):
+        SCORES.get("easy-ep").saliency(loaded)
+    assert merge_stats([loaded, stats]).experts.keys() == set(old)
+    shown = CliRunner().invoke(app, ["stats", "show", str(path)], catch_exceptions=False).stdout
+    assert "do not tell even from odd rows" in shown
+
+
+def test_a_quantity_of_a_higher_level_is_asked_for():
+    with pytest.raises(StatsError) as error:
+        fake_stats().need("count", "coactivation")
+    assert str(error.value) == (
+        "coactivation is needed (tokens routed to both experts), which only `moeprune calibrate --stats merge` gives."
+    )
+
+
+def test_merging_levels_gives_the_lowest():
+    low, high = Stats.zeros(fake_stats().model, domains=["a"]), Stats.zeros(
+        fake_stats().model, domains=["a"], statistics="merge"
+    )  # fmt: skip
+    low.tokens[:] = high.tokens[:] = 3
+    assert "coactivation" in high.more and merge_stats([high, high]).more["coactivation"].shape == (1, 2, 10, 10)
+    merged = merge_stats([low, high])
+    assert merged.statistics == "standard" and "coactivation" not in merged.more
+
+
+def test_a_part_that_saw_no_token_takes_nothing_from_the_others():
+    empty, whole = fake_stats(tokens=0), fake_stats()
+    del empty.experts["max_abs"]
+    whole.more["output_sum"] = np.ones((2, 10, 5))
+    whole.statistics = "merge"
+    merged = merge_stats([empty, whole])
+    np.testing.assert_array_equal(merged.experts["max_abs"], whole.experts["max_abs"])
+    np.testing.assert_array_equal(merged.more["output_sum"], whole.more["output_sum"])
+
+
+def test_what_is_kept_for_all_domains_together_is_added_and_not_mixed():
+    parts = [fake_stats(seed=seed) for seed in (1, 2)]
+    for part in parts:
+        part.statistics = "merge"
+        part.more["output_sum"] = np.random.default_rng(0).normal(size=(2, 10, 5))
+        part.more["coactivation"] = np.random.default_rng(1).uniform(size=(2, 2, 10, 10))
+    merged = merge_stats(parts)
+    np.testing.assert_allclose(merged.more["output_sum"], 2 * parts[0].more["output_sum"])
+    mixed = merged.mixed({"code": 1.0}, names=["output_sum", "coactivation"])
+    np.testing.assert_array_equal(mixed["output_sum"], merged.more["output_sum"])
+    scale = merged.tokens.sum() / merged.tokens[0]
+    np.testing.assert_allclose(mixed["coactivation"], merged.more["coactivation"][0] * scale)
+
+
+def test_an_unknown_array_is_refused(tmp_path):
+    stats, path = fake_stats(), tmp_path / "stats"
+    stats.halves["novel"] = np.zeros((2, 2))
+    stats.save(path)
+    with pytest.raises(StatsError, match=r"halves\.novel is no quantity that moeprune knows"):
+        Stats.load(path)
+
+
 def test_a_sum_that_one_part_lacks_is_unknown_for_the_whole(partial):
     whole = fake_stats(seed=1)
     for parts in ([partial, whole], [whole, partial]):
@@ -176,6 +248,6 @@ def test_showing_statistics_names_what_is_absent(partial, tmp_path):
     for name, stats, said in (("partial", partial, True), ("whole", fake_stats(), False)):
         stats.save(tmp_path / name)
         shown = CliRunner().invoke(app, ["stats", "show", str(tmp_path / name)], catch_exceptions=False).stdout
-        assert ("this model gives no norm_sum, no norm_sq_sum, no max_abs" in shown) == said
+        assert ("these statistics have no norm_sum, no norm_sq_sum, no max_abs" in shown) == said
         as_json = CliRunner().invoke(app, ["stats", "show", str(tmp_path / name), "--json"], catch_exceptions=False)
         assert json.loads(as_json.stdout)["absent"] == list(stats.absent)

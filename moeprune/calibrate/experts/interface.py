@@ -127,6 +127,4 @@ def _run_all(module: Any, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tenso
     return run_experts(module, hidden.repeat(experts, 1), ids).view(experts, tokens, -1)
 
 
-INTERFACE = Kind(
-    "transformers' experts interface", frozenset(QUANTITIES), _matches, _refusal, _watch, run_all=_run_all
-)
+INTERFACE = Kind("transformers' experts interface", frozenset(QUANTITIES), _matches, _refusal, _watch, run_all=_run_all)
