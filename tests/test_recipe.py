@@ -215,7 +215,10 @@ evaluate: {taks: x}
             "recipe: export names an unknown variant 'reap-5'. Did you mean 'reap-50'? Known: reap-50.",
         ),
         ({"variants": []}, "variants: Tuple should have at least 1 item after validation, not 0"),
-        ({"calibrate": {"data": []}}, "calibrate.data: Tuple should have at least 1 item after validation, not 0"),
+        (
+            {"calibrate": {"data": []}},
+            "calibrate: no calibration text; give data (a file, a Hub id, a mix or demo) or self_generate",
+        ),
         (
             {"variants": [{"name": "../up", "keep": 0.5}]},
             "variants.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'",

@@ -86,19 +86,24 @@ def check_shapes(stats: Stats, origin: Path | str) -> None:
 
 def check_finite(stats: Stats, origin: Path | str) -> None:
     """Refuse a value that is not finite, naming layer, expert and domain as far as the array is over them."""
-    for name in QUANTITIES:
+    found: list[tuple[dict[str, int], str]] = []
+    for name, quantity in QUANTITIES.items():
         array = stats.group(name).get(name)
         # One value that is not finite makes the sum so, and no array of that size has to be written for it.
         if array is None or np.isfinite(array.sum()) or np.isfinite(array).all():
             continue
-        index = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
-        place = dict(zip(QUANTITIES[name].axes, index, strict=True))
+        indices = np.argwhere(~np.isfinite(array))
+        first = indices[np.argmin(indices[:, quantity.axes.index("layers")])]
+        found.append((dict(zip(quantity.axes, map(int, first), strict=True)), name))
+    if found:
+        # What is wrong in one layer makes all layers after it wrong, too.
+        place, name = min(found, key=lambda one: one[0]["layers"])
         where = stats.model.layers[place["layers"]]
         where += f" expert {place['experts']}" if "experts" in place else ""
         where += f" in domain {stats.domains[place['domains']]!r}" if "domains" in place else ""
         raise StatsError(
-            f"{origin}: {name} of {where} is {array[tuple(index)]}. The model overflows on this text; calibrate in "
-            "another dtype."
+            f"{origin}: {name} of {where} is {stats.group(name)[name][tuple(place.values())]}. The model overflows on "
+            "this text; calibrate in another dtype."
         )
 
 
