@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from moeprune.calibrate.text.cache import fingerprint, load_rows, save_rows
 from moeprune.calibrate.text.documents import Document, read_documents
 from moeprune.calibrate.text.packing import Packing, pack
 from moeprune.checkpoint.load import long_texts
+from moeprune.data_mix import mixes
 from moeprune.data_spec import LOCAL_FORMATS, DataSpec
-from moeprune.errors import DataError
+from moeprune.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,5 +145,7 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
         path = Path(spec.source)
         if path.is_dir() or (path.is_file() and spec.local_format is None):
             raise DataError(f"{spec.source}: expected a file ending in {', '.join(LOCAL_FORMATS)}.")
+        if not path.exists() and "/" not in spec.source and get_close_matches(spec.source, mixes(), n=1, cutoff=0.7):
+            raise DataError(f"{spec.source}: no such mix. {did_you_mean(spec.source, mixes())}")
         if not path.exists() and (path.suffix.lower() in LOCAL_FORMATS or spec.source.startswith((".", "/", "~"))):
             raise DataError(f"{spec.source}: no such file.")

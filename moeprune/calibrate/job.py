@@ -41,6 +41,7 @@ class How:
         offload_hidden: Folder for hidden states when the model runs layer by layer.
         keep_inputs: File for the layer inputs of the sampled tokens.
         save_every: Minutes between two saves of unfinished sums.
+        cache: Keep tokenised text, and use what was kept.
         quiet: No progress bar.
     """
 
@@ -51,6 +52,7 @@ class How:
     keep_inputs: Path | None = None
     save_every: float = 10.0
     quiet: bool = False
+    cache: bool = True
 
 
 class Job:
@@ -95,12 +97,15 @@ class Job:
         """The text: read, tokenised and packed by rank 0, after the model has answered prompts if it is to."""
         settings = self.settings
         data = settings.data + (answers_as_data(self._answers()) if settings.self_generate else ())
-        return self.ranks.once(
+        rows = self.ranks.once(
             lambda: read_calibration(
                 self.source, tokenizer=load_tokenizer(self.source.path), data=data, tokens=settings.tokens,
-                length=settings.length, seed=settings.seed, packing=settings.packing, cache=True,
+                length=settings.length, seed=settings.seed, packing=settings.packing, cache=self.how.cache,
             )
         )  # fmt: skip
+        if settings.packing == "auto" and rows[0].packing == "pad":
+            self._say(f"{self.source.name} does not keep the documents of a row apart: each has a row of its own.")
+        return rows
 
     def _answers(self) -> Path:
         """The file with the model's answers, written by rank 0."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeprune.calibrate.text.chat import Message, as_messages, as_tools, render_chat
+from moeprune.calibrate.text.documents import written
 from moeprune.calibrate.text.sources import Row, shuffled_rows
+from moeprune.data_mix import expand_data
 from moeprune.data_spec import DataSpec
 from moeprune.errors import DataError, did_you_mean
 
@@ -40,7 +42,7 @@ def read_prompts(specs: Sequence[DataSpec], *, tokenizer: PreTrainedTokenizerBas
     ``domain`` belongs to it.
 
     Args:
-        specs: The sources; ``column`` says what to read of a row.
+        specs: The sources, mixes among them; ``column``, ``prompt`` or ``text`` says what to read of a row.
         tokenizer: The model's.
         seed: Order.
 
@@ -48,7 +50,7 @@ def read_prompts(specs: Sequence[DataSpec], *, tokenizer: PreTrainedTokenizerBas
         DataError: If a source cannot be read, has no column to read or nothing in it.
     """
     prompts: list[Prompt] = []
-    for spec in specs:
+    for spec in expand_data(specs, tokens=1):
         found = 0
         for row in shuffled_rows(spec, seed=seed):
             prompt = _prompt(row, spec, tokenizer)
@@ -63,11 +65,13 @@ def read_prompts(specs: Sequence[DataSpec], *, tokenizer: PreTrainedTokenizerBas
 
 
 def _prompt(row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+    domain = row["domain"] if isinstance(row.get("domain"), str) else spec.name
+    if spec.text is not None:
+        return _continued(written(row, spec), domain, tokenizer)
     column = spec.column or spec.prompt or next((name for name in COLUMNS if name in row), None)
     if column is None or column not in row:
         wanted = repr(column) if column else f"any of {', '.join(COLUMNS)}"
         raise DataError(f"{spec.source}: no column {wanted}. {did_you_mean(column or '', row)}")
-    domain = row["domain"] if isinstance(row.get("domain"), str) else spec.name
     messages = as_messages(row[column])
     if messages is not None:
         return _chat(_question(messages), row, spec, domain, tokenizer)
@@ -78,6 +82,10 @@ def _prompt(row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Pro
         raise DataError(f"{spec.source}: column {column!r} holds {type(text).__name__}, expected text or messages.")
     if column != "text" and tokenizer.chat_template is not None:
         return _chat([{"role": "user", "content": text}], row, spec, domain, tokenizer)
+    return _continued(text, domain, tokenizer)
+
+
+def _continued(text: str, domain: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     encode: Any = tokenizer
     return Prompt(domain, text, tuple(encode(text, truncation=False)["input_ids"]))
 

@@ -25,6 +25,7 @@ def calibrate(
     tokens: options.Tokens = 65_536,
     length: options.Length = None,
     pack: options.Pack = "auto",
+    no_cache: options.NoCache = False,
     self_generate: options.SelfGenerate = None,
     max_new_tokens: options.MaxNewTokens = 1024,
     level: options.Level = "standard",
@@ -63,7 +64,7 @@ def calibrate(
         if not quiet:
             typer.echo(line, err=True)
 
-    how = How(dtype, device_map, stream, offload_hidden, keep_inputs, save_every, quiet)
+    how = How(dtype, device_map, stream, offload_hidden, keep_inputs, save_every, quiet, not no_cache)
     ranks = Ranks.current(device)
     with ranks.together():
         source = open_source(model)

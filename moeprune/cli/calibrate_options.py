@@ -33,6 +33,10 @@ Pack = Annotated[
         "(one long text, cut) or `auto` (the first that the model can).",
     ),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", rich_help_panel=TEXT, help="Tokenise anew, and do not keep it for the next run."),
+]
 SelfGenerate = Annotated[
     list[str] | None,
     typer.Option(

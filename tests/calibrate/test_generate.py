@@ -175,3 +175,18 @@ def test_prompts_that_are_none(tmp_path):
         asked(tmp_path, [{"prompt": "a"}], column="promt")
     with pytest.raises(DataError, match="column 'prompt' holds int, expected text or messages"):
         asked(tmp_path, [{"prompt": 3}])
+
+
+def test_the_questions_of_a_mix_are_asked_without_their_answers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "why", "a": "so"}\n')
+    (tmp_path / "mix.yaml").write_text(
+        f"domains:\n"
+        f"  - {{domain: chats, source: {tmp_path}/a.jsonl, prompt: q, response: a, documents: 1}}\n"
+        f"  - {{domain: texts, source: {tmp_path}/a.jsonl, text: '{{{{ q }}}}: ', documents: 1}}\n"
+    )
+    tokenizer = byte_tokenizer(chat_template=TEMPLATE)
+    prompts = read_prompts([DataSpec(source=str(tmp_path / "mix.yaml"))], tokenizer=tokenizer)
+    assert [(prompt.domain, prompt.text) for prompt in prompts] == [
+        ("chats", "[user]why[assistant]"),
+        ("texts", "why: "),
+    ]

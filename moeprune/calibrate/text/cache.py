@@ -13,6 +13,7 @@ import torch
 
 from moeprune import __version__
 from moeprune.calibrate.rows import Rows
+from moeprune.calibrate.text.sources import opening
 from moeprune.data_spec import DataSpec
 from moeprune.files import sha256_file, sha256_json
 
@@ -42,6 +43,9 @@ def fingerprint(spec: DataSpec, *, tokenizer: PreTrainedTokenizerBase, options: 
 
     Returns:
         64 hexadecimal digits; None for a tokenizer or data that cannot be told apart from a changed one.
+
+    Raises:
+        DataError: If a data set of the Hub cannot be opened.
     """
     words, data = _tokenizer_hash(tokenizer), _data_hash(spec)
     if words is None or data is None:
@@ -73,13 +77,10 @@ def _data_hash(spec: DataSpec) -> str | None:
             return sha256_file(path)
         return sha256_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetNotFoundError
 
-    try:
+    with opening(spec):
         # For a data set of the Hub the hash is made of the revision and of the files that are read.
         found = load_dataset_builder(spec.source, spec.subset, data_files=spec.files).hash
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError):
-        return None  # what is wrong is said by the one who opens it to read
     return str(found) if found else None
 
 

@@ -84,7 +84,7 @@ def _document(row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> D
     if spec.ids is not None:
         return _given_ids(_value(row, spec, spec.ids), spec)
     if spec.text is not None:
-        return _plain(_written(row, spec), tokenizer)
+        return _plain(written(row, spec), tokenizer)
     if spec.prompt is not None:
         return _chat(_answered(row, spec), row, spec, tokenizer)
     assert spec.column is not None
@@ -153,7 +153,12 @@ def _given_ids(value: Any, spec: DataSpec) -> Document:
     return document
 
 
-def _written(row: Mapping[str, Any], spec: DataSpec) -> str:
+def written(row: Mapping[str, Any], spec: DataSpec) -> str:
+    """A row as the domain's template over its columns writes it.
+
+    Raises:
+        DataError: If the template is broken or asks for a column that is not there.
+    """
     from jinja2 import StrictUndefined
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import SandboxedEnvironment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,26 @@ def _stream(spec: DataSpec, seed: int) -> Iterator[Row]:
 
 def _dataset(spec: DataSpec) -> Any:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     kind = spec.local_format
-    try:
+    with opening(spec):
         if kind is not None:
             options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
             return load_dataset(kind, data_files=spec.source, split="train", streaming=True, **options)
         return load_dataset(spec.source, spec.subset, data_files=spec.files, split=spec.split, streaming=True)
+
+
+@contextmanager
+def opening(spec: DataSpec) -> Iterator[None]:
+    """Say in moeprune's words what `datasets` does not find or cannot open inside the block.
+
+    Raises:
+        DataError: In its place.
+    """
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        yield
     except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(
             f"{spec.source}: neither a local file nor a data set that could be opened "
@@ -110,4 +123,4 @@ def _mixes(spec: DataSpec) -> str:
     """The end of the message for a name that may have been meant as that of a mix."""
     from moeprune.data_mix import mixes
 
-    return "" if "/" in spec.source else f" Mixes that ship with moeprune: {did_you_mean(spec.source, mixes())}"
+    return "" if "/" in spec.source else f". Mixes that ship with moeprune: {did_you_mean(spec.source, mixes())}"

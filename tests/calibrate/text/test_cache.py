@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import warnings
 
 import pytest
 import torch
@@ -141,12 +140,28 @@ def test_nothing_is_written_unless_asked(path, folder):
     assert not folder.exists()
 
 
-def test_data_that_cannot_be_told_apart_from_a_changed_one_is_not_kept(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert fingerprint(DataSpec(source="org/none"), tokenizer=byte_tokenizer(), options={}) is None
+class Builder:
+    """A stand-in for what `datasets` knows of a data set of the Hub."""
+
+    def __init__(self, hash: str | None):
+        self.hash = hash
+
+
+@pytest.mark.parametrize(("hashes", "found_again"), [(("one", "one"), True), (("one", "two"), False)])
+def test_a_data_set_of_the_hub_is_known_by_its_revision(monkeypatch, hashes, found_again):
+    asked = []
+    keys = []
+    for hash in hashes:
+        monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, h=hash, **o: asked.append((a, o)) or Builder(h))
+        spec = DataSpec(source="org/set", subset="en", files="en/*.gz")
+        keys.append(fingerprint(spec, tokenizer=byte_tokenizer(), options={}))
+    assert asked == [(("org/set", "en"), {"data_files": "en/*.gz"})] * 2
+    assert (keys[0] == keys[1]) == found_again
+
+
+def test_a_data_set_without_a_revision_is_not_kept(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **o: Builder(None))
+    assert fingerprint(DataSpec(source="org/set"), tokenizer=byte_tokenizer(), options={}) is None
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

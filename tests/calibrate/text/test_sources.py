@@ -8,7 +8,7 @@ from datasets import IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moeprune.calibrate.data import read_domain
+from moeprune.calibrate.data import check_domains, read_domain
 from moeprune.calibrate.text.documents import read_documents
 from moeprune.calibrate.text.sources import SMALLEST_BUFFER, shuffled_rows
 from moeprune.data_spec import DataSpec, expand_demo
@@ -123,9 +123,13 @@ def test_a_budget_of_tokens_reads_no_further_either(monkeypatch):
 
 
 def test_a_misspelt_mix_is_told_from_a_data_set(monkeypatch):
+    with pytest.raises(DataError, match=r"^raep: no such mix\. Did you mean 'reap'\? Known: choice-tasks, "):
+        check_domains([DataSpec(source="raep")])
+    check_domains([DataSpec(source="gsm8k"), DataSpec(source="reap-org/reaped")])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"Mixes that ship with moeprune: Did you mean 'ream-three'\?"):
-        order("ream-thre", 0)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"neither a local file nor a data set .* Mixes that ship with moeprune: "):
+        order("gsm8k", 0)
 
 
 @pytest.mark.parametrize(("count", "tokens"), [(1, 3), (2, 6)])
