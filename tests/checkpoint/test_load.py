@@ -140,3 +140,24 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_tokenizer(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: no tokenizer that transformers can load (")
+
+
+def test_a_device_map_says_where_each_module_goes(tmp_path):
+    folder = save("qwen3_moe", tmp_path)
+    loaded = load_model(folder, device_map={"": "cpu"})
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "atuo"}, "unknown device map 'atuo'. Did you mean 'auto'?"),
+        ({"device_map": "auto"}, "--device-map auto spreads a model over GPUs, but torch sees none."),
+        ({"device_map": "auto", "device": "cpu"}, "--device-map auto uses all GPUs, --device cpu one."),
+    ],
+)
+def test_a_device_map_that_cannot_be_is_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MoePruneError) as error:
+        load_model(save("qwen3_moe", tmp_path), **options)
+    assert str(error.value).startswith(message)
