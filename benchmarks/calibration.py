@@ -20,7 +20,9 @@ ROWS, LENGTH, BATCH = 32, 512, 8
 
 
 def measure(*, dtype: str, pairs: int) -> dict[str, Any]:
-    """Plain passes and observed passes at both levels that one needs, in turn, over the same text.
+    """Plain passes and passes observed at two levels, in turn, over the same text.
+
+    The plain pass runs experts as transformers does by default; ``eager`` is its other implementation, a loop.
 
     Args:
         dtype: Of the model.
@@ -46,12 +48,21 @@ def measure(*, dtype: str, pairs: int) -> dict[str, Any]:
             model, anatomy=anatomy, facts=facts, domains=[rows], batch_size=BATCH, quiet=True, statistics=statistics
         )
 
-    works = {"plain": plain, "standard": partial(observed, "standard"), "merge": partial(observed, "merge")}
+    def eager() -> None:
+        before = model.config._experts_implementation
+        model.set_experts_implementation("eager")
+        plain()
+        model.set_experts_implementation(before)
+
+    works = {
+        "plain": plain, "standard": partial(observed, "standard"), "merge": partial(observed, "merge"), "eager": eager
+    }  # fmt: skip
     return {
         "measured": "calibration / plain forward, CPU seconds, one thread",
         "dtype": dtype,
         "parameters": model.num_parameters(),
         "tokens": rows.num_tokens,
+        "experts_implementation": model.config._experts_implementation,
         "rounds": pairs,
         **ratios(in_turn(works, rounds=pairs, clock=_cpu_seconds), over="plain"),
     }

@@ -49,15 +49,17 @@ class Scale:
         rows: Number of rows of text.
         length: Tokens a row.
         batch_size: Rows a forward pass.
+        compared: Tokens whose sums on the device and on the CPU are compared.
     """
 
     sizes: dict[str, Any]
     rows: int
     length: int
     batch_size: int
+    compared: int
 
 
-FULL, SMALLEST = Scale(LARGE, 64, 1024, 8), Scale(TINY, 8, 64, 4)
+FULL, SMALLEST = Scale(LARGE, 64, 1024, 8, compared=16_384), Scale(TINY, 8, 64, 4, compared=1024)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,16 +86,16 @@ def measure(scale: Scale, *, device: str, rounds: int, folder: Path | None, prof
     """Everything, one JSON object after another."""
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     yield {"measured": "machine", "device": kind, "torch": torch.__version__, "transformers": transformers.__version__}
-    yield from compare_devices(device)
+    yield from compare_devices(device, tokens=scale.compared)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         yield from time_levels(scale, device=device, rounds=rounds, profile=profile, save=Path(made))
         yield from time_streaming(Path(made), scale, device=device, rounds=max(1, rounds // 3))
 
 
-def compare_devices(device: str) -> Iterator[dict[str, Any]]:
+def compare_devices(device: str, *, tokens: int) -> Iterator[dict[str, Any]]:
     """The same small model and text on the CPU and on the device, in float32."""
     found = []
-    rows = _text(SMALL, rows=16, length=1024)
+    rows = _text(SMALL, rows=16, length=tokens // 16)
     model = make_qwen3_moe(SMALL, dtype="float32")
     anatomy = derive_anatomy(model.config)
     for where in ("cpu", device):

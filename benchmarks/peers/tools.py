@@ -19,6 +19,7 @@ from benchmarks.peers.environments import (
 )
 
 PROGRAMS = Path(__file__).parent / "programs"
+REPOSITORY = Path(__file__).parents[2]
 QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -100,7 +101,7 @@ def ask(python: Path, program: str, **request: Any) -> dict[str, Any]:
     """
     done = subprocess.run(
         [str(python), str(PROGRAMS / program), json.dumps(request)],
-        env={**os.environ, **QUIET}, capture_output=True, text=True,
+        env={**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{program} {request}: exit status {done.returncode}\n{done.stderr[-2000:]}")

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from clock import answer, request
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from benchmarks.models import SMALL, make_qwen3_moe
 
 DEMO = Path(str(files("moeprune.demo"))) / "model"
 TEXT = Path(str(files("moeprune.demo"))) / "calibration"
@@ -19,25 +21,10 @@ OLDER_NAMES = {"num_experts": "num_local_experts"}  # which transformers 4 reads
 
 
 def make_model(folder: Path) -> int:
-    """A Qwen3-MoE of 27 M random parameters whose routers and experts differ, so that load and saliency are uneven.
-
-    Returns:
-        Number of parameters.
-    """
-    torch.manual_seed(0)
+    """A Qwen3-MoE of 27 M random parameters; returns how many exactly."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_experts=64, num_experts_per_tok=8,
-        moe_intermediate_size=128, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-        max_position_embeddings=4096, norm_topk_prob=True, initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).float()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            # Logits of all tokens lean towards some experts, as those of trained routers do.
-            layer.mlp.gate.weight *= torch.randn(config.num_experts, 1).mul(0.3).exp()
-            layer.mlp.experts.down_proj *= torch.randn(config.num_experts, 1, 1).mul(0.5).exp()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = make_qwen3_moe(SMALL | special | {"vocab_size": len(tokenizer)}, dtype="float32")
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(DEMO / name, folder / name)
@@ -78,8 +65,6 @@ def main() -> None:
     """Make both models and the ids in a folder."""
     asked = request()
     folder = Path(asked["folder"])
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     parameters = make_model(folder / "random")
     copy_demo(folder / "trained")
     ids = read_ids(asked["tokens"] // asked["length"], asked["length"])
