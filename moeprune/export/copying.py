@@ -18,6 +18,7 @@ KERNEL_BYTES = 8 << 20
 BUFFER_BYTES = 512 << 10  # fits the second-level cache: read, hash and write touch memory once
 SMALL_BYTES = 64 << 10
 WINDOW_BYTES = 4 << 20
+AHEAD_BYTES = 16 << 20
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 HASH = "xxh3_128"
 
@@ -76,8 +77,9 @@ class Appender:
         Raises:
             ExportError: If a source file ends before its range.
         """
-        for batch in _batched(joined(ranges)):
+        for batch, following in _with_next(_batched(joined(ranges))):
             source = self._open(batch[0].file)
+            source.following = following[0] if following and following[0].file == source.file else None
             if len(batch) == 1 and batch[0].end - batch[0].start >= SMALL_BYTES:
                 self._copy_large(source, batch[0])
             else:
@@ -119,6 +121,7 @@ class Appender:
             ahead = -offset % BLOCK_BYTES
             if ahead and (offset - self.position) % BLOCK_BYTES == 0 and wanted > ahead:
                 wanted = ahead  # what follows begins at a block in both files and can be shared instead of copied
+            source.announce(offset + wanted, piece.end)
             done = self._in_kernel(source, wanted, offset) if self._kernel else 0
             done = done or self._through_buffer(source, wanted, offset)
             if done == 0:
@@ -180,14 +183,38 @@ class Appender:
 
 
 class _Source:
-    """An open source file."""
+    """An open source file.
+
+    Attributes:
+        file: Its path as ranges name it.
+        fd: Its descriptor.
+        following: The range that will be wanted after the present one.
+    """
 
     def __init__(self, file: Path, real: Path) -> None:
         self.file = file
+        self.following: ByteRange | None = None
         self.fd = os.open(real, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self.sparse = is_sparse(os.fstat(self.fd))
+        self._announced = 0
+
+    def announce(self, offset: int, end: int) -> None:
+        """Have the system read what comes next, so that the disk works while bytes are copied and hashed.
+
+        Args:
+            offset: Where the next bytes are wanted.
+            end: The end of the present range; the start of the following one is announced, too, when it is near.
+        """
+        self._announce(offset, min(end, offset + AHEAD_BYTES))
+        left = offset + AHEAD_BYTES - end
+        if left > 0 and self.following is not None:
+            self._announce(self.following.start, min(self.following.end, self.following.start + left))
+
+    def _announce(self, start: int, end: int) -> None:
+        start = max(start, self._announced)
+        if start < end and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            self._announced = end
 
     def segments(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Start, end and whether it is stored, of each part of a range."""
@@ -271,6 +298,16 @@ def _batched(ranges: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
             yield [piece]
     if batch:
         yield batch
+
+
+def _with_next(batches: Iterable[list[ByteRange]]) -> Iterator[tuple[list[ByteRange], list[ByteRange] | None]]:
+    before: list[ByteRange] | None = None
+    for batch in batches:
+        if before is not None:
+            yield before, batch
+        before = batch
+    if before is not None:
+        yield before, None
 
 
 def _too_short(piece: ByteRange, offset: int) -> ExportError:

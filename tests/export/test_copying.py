@@ -246,3 +246,33 @@ def test_ranges_that_lie_alike_in_both_files_are_offered_to_the_kernel_in_whole_
     calls.clear()
     append(tmp_path / "t", ranges_of(tmp_path / "s", (4096 + 9, 2 * MB)), prefix=b"12345678")
     assert calls[0][2] == 2 * MB - 4096 - 9
+
+
+# Reading ahead
+
+
+def test_the_system_is_told_in_time_what_will_be_read_and_of_nothing_else(tmp_path, monkeypatch):
+    """Otherwise the disk rests while bytes are hashed; telling all at once would fill the memory."""
+    noise(tmp_path / "s", 6 * MB)
+    monkeypatch.setattr(copying, "KERNEL_BYTES", MB // 2)
+    monkeypatch.setattr(copying, "AHEAD_BYTES", MB)
+    told: list[tuple[int, int]] = []
+    read: list[int] = []
+    real = os.copy_file_range
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, count, advice: told.append((start, start + count)))
+    monkeypatch.setattr(
+        os, "copy_file_range", lambda s, t, n, a, b: read.append(a) or told.append((-a, 0)) or real(s, t, n, a, b)
+    )
+    pieces = [(0, 2 * MB), (3 * MB, 4 * MB), (5 * MB, 6 * MB)]
+    append(tmp_path / "t", ranges_of(tmp_path / "s", *pieces))
+    wanted = [byte for a, b in pieces for byte in range(a, b, MB // 2)]
+    assert read == wanted
+    announced: list[int] = []
+    for start, end in told:
+        if start <= 0 and end == 0:  # a read: at most a megabyte of what was told is still to come
+            position = wanted.index(-start)
+            assert len(announced) - position <= 1 + 2 + 1
+            continue
+        announced += range(start, end, MB // 2)
+    assert set(announced) <= set(wanted)
+    assert len(announced) == len(set(announced)) >= len(wanted) - 1, "only the first read comes unannounced"
