@@ -149,13 +149,14 @@ def prepare(
 
 
 def _check_room(job: Job, *, jobs: int, keep_source: bool) -> None:
-    downloads = job.to_download.values()
+    downloads = job.to_download
     needed = bytes_to_store(job.unfinished, missing=job.located.missing)
     if not keep_source:
-        needed += min(sum(downloads), jobs * max(downloads, default=0))
+        of_one = (sum(downloads.get(file.name, 0) for file in shard.files) for shard in job.unfinished)
+        needed += min(sum(downloads.values()), jobs * max(of_one, default=0))
     check_space(job.out, needed, partial=job.partial, keep=job.earlier or {})
     if keep_source and downloads:
-        check_cache_space(sum(downloads), beside=needed, out=job.out)
+        check_cache_space(sum(downloads.values()), beside=needed, out=job.out)
 
 
 def pruned_config(source: Source, plan: Plan) -> dict[str, Any]:
