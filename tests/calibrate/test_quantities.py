@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +233,11 @@ def test_the_cost_is_that_of_the_arrays(statistics):
         sum(array.nbytes for array in arrays.values())
         == cost_of(statistics, stats.model, hidden=32, domains=2)["bytes"]
     )
+
+
+def test_every_quantity_is_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
+    assert [name for name in QUANTITIES if f"`{name}`" not in text] == []
 
 
 def test_every_quantity_says_what_it_is():
