@@ -162,8 +162,8 @@ def _check(model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens:
     longest = max(len(prompt.ids) for prompt in prompts)
     if context is not None and longest + max_new_tokens > context:
         raise DataError(
-            f"the longest prompt has {longest} tokens; with answers of up to {max_new_tokens} that is beyond the context "
-            f"of {context}. Ask for shorter answers or leave the longest prompts out."
+            f"the longest prompt has {longest} tokens; with answers of up to {max_new_tokens} that is beyond the "
+            f"context of {context}. Ask for shorter answers or leave the longest prompts out."
         )
 
 

@@ -104,7 +104,10 @@ def test_nothing_is_overwritten_without_force(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ls", "score"], "cannot list 'score'. Did you mean 'scores'? Known: data, families, formats, recipes, scores, tasks."),
+        (
+            ["ls", "score"],
+            "cannot list 'score'. Did you mean 'scores'? Known: data, families, formats, recipes, scores, tasks.",
+        ),
         (
             ["run", "quikstart", "--out", "x"],
             "quikstart: no such recipe. `moeprune ls recipes` lists those that ship with moeprune.",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeprune.anatomy.roles import AllExperts, ExpertIds, OneExpert, Towers
+from moeprune.anatomy.roles import AllExperts, OneExpert
 from moeprune.checkpoint.header import TensorInfo
 from moeprune.errors import UnsupportedModelError
 from moeprune.export.slices import ByteRange, OutputTensor, plan_outputs
