@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def check_run(space: Workspace, *, force: bool) -> None:
         PlanError: If a variant is impossible for the model.
         DataError, EvaluationError, MissingDependencyError: If text, tasks or packages are missing.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError(
+            "a recipe runs in one process. Of its stages only calibration can be shared: torchrun ... -m moeprune "
+            "calibrate."
+        )
     check_folder(space.out, force=force)
     if find_spec("matplotlib") is None:
         raise MissingDependencyError("the report needs matplotlib. Install it with: pip install 'moeprune[report]'")

@@ -19,14 +19,14 @@ from tests.models import build
 FAMILY = "glm4_moe"
 
 
-def calibrate(ranks: Ranks, statistics: str = "standard") -> Stats:
-    """Two domains, three batches and one: with two ranks one has more than the other."""
+def calibrate(ranks: Ranks, keep_inputs: Path) -> Stats:
+    """Two domains of three batches and two: of two ranks one has more than the other."""
     model = build(FAMILY)
     anatomy = derive_anatomy(model.config)
-    rows = [random_rows("code", rows=5, padding=3), random_rows("math", rows=2, seed=1)]
+    rows = [random_rows("code", rows=5, padding=3), random_rows("math", rows=4, seed=1)]
     return collect_stats(
         model, anatomy=anatomy, facts=anatomy.facts(name="tiny", fingerprint="f" * 64), domains=rows, batch_size=2,
-        quiet=True, statistics=statistics, ranks=ranks,
+        quiet=True, statistics="full", keep_inputs=keep_inputs, ranks=ranks,
     )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def main(out: Path, what: str = "") -> None:
         if what == "raise" and ranks.rank == 0:
             ranks.wait()  # in which no signal is handled
             time.sleep(600)
-        stats = calibrate(ranks, what or "standard")
+        stats = calibrate(ranks, out.with_suffix(".inputs"))
         if ranks.is_first:
             stats.save(out)
 

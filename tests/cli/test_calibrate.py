@@ -114,6 +114,25 @@ def test_two_killed_ranks_go_on(model: Path, unbroken: Stats, tmp_path: Path) ->
         np.testing.assert_allclose(array, unbroken.experts[name], rtol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [("--stream",), ("--until-stable", 0.8, "--stable-score", "frequency")], ids=["stream", "until-stable"]
+)
+def test_two_ranks_do_what_one_does(model: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+    """Layer by layer, and with a decision on the way that all ranks must take alike."""
+    outs = [tmp_path / "two.safetensors", tmp_path / "one.safetensors"]
+    process = start(model, outs[0], *options, "--json", launcher=tuple(TORCHRUN))
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    printed("calibrate", model, "--out", outs[1], *TEXT, *options, "--quiet")
+    two, one = (Stats.load(out) for out in outs)
+    assert json.loads(said)["tokens"] == one.tokens.sum() > 0
+    np.testing.assert_array_equal(two.experts["count"], one.experts["count"])
+    for name, array in two.experts.items():
+        np.testing.assert_allclose(array, one.experts[name], rtol=1e-12, err_msg=name)
+    assert two.runs[0].get("stopped", {}).get("why") == one.runs[0].get("stopped", {}).get("why")
+
+
 def test_other_options_start_afresh(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "stats.safetensors"
     process = start(model, out)
@@ -164,6 +183,21 @@ def test_layer_by_layer_gives_the_sums_of_a_whole_pass(model: Path, unbroken: St
     np.testing.assert_allclose(
         streamed.experts["gated_norm_sum"], unbroken.experts["gated_norm_sum"], rtol=1e-6, atol=1e-9
     )
+
+
+def test_a_run_layer_by_layer_goes_on_from_the_last_finished_layer(model: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / name / "stats.safetensors" for name in ("killed", "whole")]
+    options = ("--stream", "--offload-hidden", tmp_path / "killed" / "hidden")
+    process = start(model, outs[0], *options)
+    wait_for(tmp_path / "killed" / "stats.safetensors.partial" / "rank-0-of-1.safetensors", process)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and not outs[0].exists()
+    printed("calibrate", model, "--out", outs[0], *TEXT, *options, "--quiet")
+    printed("calibrate", model, "--out", outs[1], *TEXT, "--stream", "--quiet")
+    assert_same_bits(*(Stats.load(out) for out in outs))
+    assert sorted(path.name for path in outs[0].parent.iterdir()) == ["hidden", "stats.safetensors"]
+    assert not list((tmp_path / "killed" / "hidden").iterdir())
 
 
 def test_the_models_own_answers_are_calibration_text(model: Path, tmp_path: Path) -> None:
