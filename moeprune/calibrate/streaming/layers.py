@@ -129,7 +129,8 @@ class LayerStream:
         self._load(self.schedule.order[position])
         if keep and position + 1 < len(self.schedule.order):
             self._begin_reading(self.schedule.order[position + 1])
-        placeholders = []
+        placeholders: list[Any] = []
+        shared: set[tuple[str, Any]] = set()
         for batch, forward in enumerate(forwards):
             yield batch
             inspect = partial(self._check_arguments, position) if batch == 0 else None
@@ -138,38 +139,45 @@ class LayerStream:
             assert result is not None
             if keep:
                 placeholders.append(mapped(result.output, poisoned))
-                self._keep(position, batch, result)
+                shared |= self._keep(position, batch, result)
             # An overflow of the model looks like a placeholder from here on; it is refused with the statistics.
             self._overflowed = self._overflowed or (batch == 0 and any(map(is_poisoned, leaves(result.output))))
         self._placeholders.append(placeholders)
+        if shared:
+            self._shared[f"shared-{position}"] = shared
         for name in (f"output-{position}", *self._shared):
             self.shelf.complete(name)
 
-    def _keep(self, position: int, batch: int, result: Result) -> None:
+    def _keep(self, position: int, batch: int, result: Result) -> set[tuple[str, Any]]:
         self.shelf.put(f"output-{position}", batch, result.output)
         if result.shared:
             self.shelf.put(f"shared-{position}", batch, result.shared)
-            self._shared[f"shared-{position}"] = {(name, key) for name, put in result.shared.items() for key in put}
+        return {(name, key) for name, put in result.shared.items() for key in put}
 
     def tidy(self, position: int) -> None:
         """Forget what no layer after ``position`` reads."""
-        assert self.schedule is not None
-        for before in range(position + 1):
-            if self.schedule.last_reader[before] == position:
-                self.shelf.drop(f"output-{before}")
-        latest = self._shared.get(f"shared-{position}", set())
-        for name in [name for name, keys in self._shared.items() if keys <= latest and name != f"shared-{position}"]:
-            del self._shared[name]
+        for name in self._obsolete(position):
+            self._shared.pop(name, None)
             self.shelf.drop(name)
 
-    def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs beside the files of a :class:`DiskShelf`, as JSON."""
+    def _obsolete(self, position: int) -> list[str]:
         assert self.schedule is not None
+        readers = self.schedule.last_reader[: position + 1]
+        outputs = [f"output-{before}" for before, reader in enumerate(readers) if reader == position]
+        latest = self._shared.get(f"shared-{position}", set())
+        return outputs + [
+            name for name, keys in self._shared.items() if keys <= latest and name != f"shared-{position}"
+        ]
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What :meth:`restore` needs to go on after ``position``, beside the files of a :class:`DiskShelf`, as JSON."""
+        assert self.schedule is not None
+        obsolete = self._obsolete(position)
         return {
             "order": list(self.schedule.order),
             "last_reader": list(self.schedule.last_reader),
-            "table": self.shelf.table,
-            "shared": [[name, sorted(map(list, keys))] for name, keys in self._shared.items()],
+            "table": {name: codes for name, codes in self.shelf.table.items() if name not in obsolete},
+            "shared": [[name, [*map(list, keys)]] for name, keys in self._shared.items() if name not in obsolete],
             "placeholders": [[encode(nest, None) for nest in nests] for nests in self._placeholders],
             "overflowed": self._overflowed,
         }

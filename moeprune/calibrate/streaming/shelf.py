@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from io import FileIO
@@ -64,9 +65,21 @@ class DiskShelf(Shelf):
     def __init__(self, folder: Path, table: dict[str, list[Any]] | None = None):
         super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("*.bin"):
+            if file.stem not in (table or {}):
+                file.unlink()
         self._folder = folder
         self._open: dict[str, FileIO] = {}
         self.table = dict(table or {})
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files of the table are there as they were written."""
+        return all(self._size(name) == max(map(end_of, codes), default=0) for name, codes in self.table.items())
+
+    def _size(self, name: str) -> int:
+        path = self._folder / f"{name}.bin"
+        return path.stat().st_size if path.is_file() else -1
 
     def put(self, name: str, batch: int, nest: Any) -> None:
         """Append a nest to its file; batches come in order.
@@ -120,6 +133,20 @@ def encode(nest: Any, file: FileIO | None) -> Any:
     if isinstance(nest, tuple | list):
         return {type(nest).__name__: [encode(value, file) for value in nest]}
     return {"value": nest}
+
+
+def end_of(code: Any) -> int:
+    """Where in the file the last tensor of an encoded nest ends."""
+    ((kind, content),) = code.items()
+    match kind:
+        case "tensor":
+            name, shape, start = content
+            return start + math.prod(shape) * getattr(torch, name).itemsize
+        case "dict":
+            return max((end_of(value) for _, value in content), default=0)
+        case "tuple" | "list":
+            return max(map(end_of, content), default=0)
+    return 0
 
 
 def decode(code: Any, file: FileIO | None, device: torch.device) -> Any:

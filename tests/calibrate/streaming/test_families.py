@@ -50,11 +50,12 @@ def test_streamed_statistics_are_those_of_the_whole_model(case, tmp_path):
     streamed = stream_stats(case.source, rows=case.rows, batch_size=2, quiet=True, statistics="merge")
     assert streamed.experts["count"].sum() > 0
     assert_equal_stats(streamed, whole)
-    offloaded = stream_stats(
-        case.source, rows=case.rows, batch_size=2, quiet=True, statistics="merge", offload_hidden=tmp_path / "hidden"
-    )
-    assert_equal_stats(offloaded, whole)
-    assert not any((tmp_path / "hidden").iterdir()), "hidden states are deleted when they are not needed any more"
+    if case.name in (*LONG_RANGE, "qwen3_moe", "zaya"):
+        offloaded = stream_stats(
+            case.source, rows=case.rows, batch_size=2, quiet=True, statistics="merge", offload_hidden=tmp_path
+        )
+        assert_equal_stats(offloaded, streamed, rtol=0)
+        assert not any(tmp_path.iterdir()), "hidden states are deleted when they are not needed any more"
 
 
 def test_streamed_hidden_states_are_those_of_the_whole_model(case):
