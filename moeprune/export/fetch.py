@@ -45,7 +45,7 @@ class HubSources:
         self._uses = Counter(file.name for shard in shards for file in shard.files)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
-    def open(self, file: Path, *, shard: str) -> AbstractContextManager[Path]:
+    def open(self, file: Path) -> AbstractContextManager[Path]:
         """Download the file unless it is here."""
         return self._borrow(file.name) if file.name in self._model.missing else nullcontext(file)
 

@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 from moeprune.checkpoint.folder import INDEX_NAME
-from moeprune.errors import ExportError, MoePruneError
+from moeprune.errors import ExportError
 from moeprune.export.copying import HASH, Appender, Locate, Progress, hash_file
 from moeprune.export.journal import Journal
 from moeprune.export.layout import Shard
@@ -62,15 +62,13 @@ def write_shards(
         futures = [pool.submit(work.finish, shard) for shard in shards]
         try:
             for future in as_completed(futures):
-                future.result()
-        except BaseException as error:
-            work.progress.stop()  # all end at their next report instead of finishing gigabytes
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, OSError) and not isinstance(error, MoePruneError):
-                raise ExportError(
-                    f"{folder}: {error.strerror or error}. Finished shards are kept; run the same command again."
-                ) from error
-            raise
+                with suppress(_Stopped):
+                    future.result()
+        except OSError as error:
+            what = f"{error.filename or folder}: {error.strerror or error}"
+            raise ExportError(f"{what}. Finished shards are kept; run the same command again.") from error
+        finally:
+            work.progress.stop()  # after an error, all end at their next report instead of finishing gigabytes
 
 
 def write_index(
@@ -128,7 +126,7 @@ class _Work:
 
             def locate(file: Path) -> Path:
                 if file not in located:
-                    located[file] = stack.enter_context(self.sources.open(file, shard=shard.name))
+                    located[file] = stack.enter_context(self.sources.open(file))
                 return located[file]
 
             linked = self.link and shard.untouched is not None and _link(locate(shard.untouched), path)

@@ -10,12 +10,11 @@ from typing import Protocol
 class Sources(Protocol):
     """Gives source files to those who read them."""
 
-    def open(self, file: Path, *, shard: str) -> AbstractContextManager[Path]:
-        """A context in which the file can be read under the path it gives.
+    def open(self, file: Path) -> AbstractContextManager[Path]:
+        """A context in which the file can be read under the path it gives; each output file asks once for each.
 
         Args:
             file: A source file, as the checkpoint names it.
-            shard: Name of the output file that is made of it; each asks once.
         """
         ...
 
@@ -23,6 +22,6 @@ class Sources(Protocol):
 class LocalSources:
     """Files that are where the checkpoint says."""
 
-    def open(self, file: Path, *, shard: str) -> AbstractContextManager[Path]:
+    def open(self, file: Path) -> AbstractContextManager[Path]:
         """The file itself."""
         return nullcontext(file)

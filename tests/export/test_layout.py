@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from moeprune.checkpoint.header import TensorInfo, read_header
 from moeprune.errors import ExportError
+from moeprune.export import shards as shards_module
 from moeprune.export.journal import Journal
 from moeprune.export.layout import BLOCK_BYTES, Shard, lay_out, parse_size
 from moeprune.export.shards import write_index, write_shards
@@ -165,3 +167,27 @@ def test_files_of_any_size_hold_the_same_tensors_and_the_index_finds_them(tmp_pa
             assert file.metadata() == {"format": "pt"}
     held = sorted(name for path in out.glob("*.safetensors") for name in read_header(path)[0])
     assert held == sorted(arrays)
+
+
+def test_the_error_of_one_file_is_not_hidden_by_the_others_that_it_stops(tmp_path, monkeypatch):
+    outputs = outputs_of([5], [7])
+    stopped = threading.Event()
+
+    class Turns(shards_module._Turns):
+        def stop(self) -> None:
+            super().stop()
+            stopped.wait(5)  # the other file ends before the failed one is reported
+
+    def finish(work, shard: Shard) -> None:
+        if shard.name.startswith("model-00001"):
+            raise ExportError("what went wrong")
+        try:
+            while True:
+                work.progress(0)
+        finally:
+            stopped.set()
+
+    monkeypatch.setattr(shards_module, "_Turns", Turns)
+    monkeypatch.setattr(shards_module._Work, "_finish", finish)
+    with pytest.raises(ExportError, match="what went wrong"):
+        write_shards(laid_out(outputs, None, a=1, b=1), folder=tmp_path, journal=Journal(tmp_path, job="x"), jobs=2)
