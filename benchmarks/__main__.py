@@ -1,6 +1,6 @@
 """``python -m benchmarks [calibrate|export|rehearsal]``: measure what calibration and export cost, on models made here.
 
-``python -m benchmarks peers`` and ``python -m benchmarks gpu`` have options of their own: see their ``--help``.
+``python -m benchmarks streaming``, ``peers`` and ``gpu`` have options of their own: see their ``--help``.
 
 Two things are compared by doing them in turn, and the median of the ratios of neighbours is printed: machines drift,
 ratios of neighbours do not.
@@ -11,23 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import sys
 import tempfile
 from pathlib import Path
 
 EVERYTHING = ["calibrate", "export", "rehearsal"]
+SEPARATE = ("streaming", "peers", "gpu")
 
 
 def main() -> None:
     """Run the chosen measurements and print one JSON object a line."""
-    if sys.argv[1:2] == ["peers"]:
-        from benchmarks.peers.__main__ import main as peers
-
-        return peers(sys.argv[2:])
-    if sys.argv[1:2] == ["gpu"]:
-        from benchmarks.gpu import main as gpu
-
-        return gpu(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in SEPARATE:
+        name = sys.argv.pop(1)
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", nargs="*", choices=EVERYTHING, default=EVERYTHING)
     parser.add_argument("--pairs", type=int, default=9, help="pairs of runs (default 9)")

@@ -46,11 +46,12 @@ def _measured(place: Workplace, inputs: Path, *, rounds: int, tokens: int) -> It
     }  # fmt: skip
     for key in answers:
         yield _time_of(key, answers)
-    yield from _agreement("random", {tool: runs[-1] for (tool, dtype), runs in answers.items() if dtype == "float32"})
-    trained = {
-        tool: _run(place, tool, inputs, model="trained", dtype="float32") for tool in _usable(place) if tool != PLAIN
-    }
-    yield from _agreement("trained", trained)
+    for model in ("random", "trained"):
+        kept = {tool: runs[-1] for (tool, dtype), runs in answers.items() if (model, dtype) == ("random", "float32")}
+        for tool in _usable(place):
+            if tool not in kept and tool != PLAIN:
+                kept[tool] = _run(place, tool, inputs, model=model, dtype="float32")
+        yield from _agreement(model, kept)
     if "llm-compressor" in place.pythons:
         for model in ("random", "trained"):
             asked = {"model": str(inputs / model), "ids": str(inputs / "ids.safetensors"), "keep": KEEP}

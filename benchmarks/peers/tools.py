@@ -36,7 +36,7 @@ class Tool:
         owner: ``moeprune``, ``llm-compressor`` or ``Cerebras``: whose environment it runs in.
         program: File in ``programs/``.
         what: Its setting.
-        dtypes: In which it is timed.
+        dtypes: In which it is timed; without any, only what it keeps is looked at.
     """
 
     name: str
@@ -47,12 +47,14 @@ class Tool:
 
 
 BOTH = ("float32", "bfloat16")
+UNDONE = ("sequential, causal", "sequential, unpruned inputs", "sequential, causal, unpruned inputs")
 TOOLS = (
     Tool("plain forward", "moeprune", "moeprune_reap.py", "plain", BOTH),
     Tool("moeprune, standard", "moeprune", "moeprune_reap.py", "standard", BOTH),
     Tool("moeprune, merge", "moeprune", "moeprune_reap.py", "merge", BOTH),
     Tool("llm-compressor, basic", "llm-compressor", "llmcompressor_reap.py", "basic", BOTH),
     Tool("llm-compressor, sequential", "llm-compressor", "llmcompressor_reap.py", "sequential"),
+    *(Tool(f"llm-compressor, {what}", "llm-compressor", "llmcompressor_reap.py", what, ()) for what in UNDONE),
     Tool("llm-compressor, defaults", "llm-compressor", "llmcompressor_reap.py", "defaults"),
     Tool("Cerebras REAP", "Cerebras", "cerebras_reap.py", "pruning metrics only"),
 )

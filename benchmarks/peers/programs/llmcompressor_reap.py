@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -16,12 +18,25 @@ from llmcompressor import __version__, oneshot
 from llmcompressor.modifiers.pruning import REAPPruningModifier
 from safetensors.torch import load_file
 
+SEQUENTIAL = {"pipeline": "sequential", "moe_calibrate_all_experts": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "basic": {"pipeline": "basic", "moe_calibrate_all_experts": False},
-    "sequential": {"pipeline": "sequential", "moe_calibrate_all_experts": False},
+    "sequential": SEQUENTIAL,
+    "sequential, causal": SEQUENTIAL,
+    "sequential, unpruned inputs": SEQUENTIAL | {"propagate_error": False},
+    "sequential, causal, unpruned inputs": SEQUENTIAL | {"propagate_error": False},
     "defaults": {},
 }
-"""``defaults`` are those of ``oneshot``: the sequential pipeline, every expert on every token, rows one by one."""
+"""``defaults`` are those of ``oneshot``: the sequential pipeline, every expert on every token, rows one by one. What is
+different about that pipeline is undone one by one: ``causal`` leaves the model its own attention, which hides later
+tokens (see ``causality.py``), ``unpruned inputs`` gives each layer what those before it wrote before they were pruned.
+"""
+
+
+def attention(what: str) -> AbstractContextManager[Any]:
+    """Where ``causal`` is wanted, leave the model's attention as it is."""
+    name = "llmcompressor.utils.helpers.use_eager_attention"
+    return patch(name, lambda _: nullcontext()) if "causal" in what else nullcontext()
 
 
 def main() -> None:
@@ -41,12 +56,13 @@ def main() -> None:
         report = Path(folder) / "kept.json"
         os.chdir(folder)  # it writes logs where it stands
         recipe = REAPPruningModifier(sparsity=1 - asked["keep"], ignore=[], report_path=str(report))
-        _, spent = timed(
-            lambda: oneshot(
-                model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe, max_seq_length=ids.shape[1],
-                num_calibration_samples=len(ids), **settings,
-            )
-        )  # fmt: skip
+        with attention(asked["what"]):
+            _, spent = timed(
+                lambda: oneshot(
+                    model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe, max_seq_length=ids.shape[1],
+                    num_calibration_samples=len(ids), **settings,
+                )
+            )  # fmt: skip
         kept = json.loads(report.read_text())
         os.chdir("/")
     by_layer = sorted(kept, key=lambda name: int(next(part for part in name.split(".") if part.isdigit())))
