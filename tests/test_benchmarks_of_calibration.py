@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from benchmarks.gpu import SMALLEST, TINY, differences, measure
 from benchmarks.models import make_qwen3_moe
 from benchmarks.peers.environments import Unavailable, clone_reap, make_environment
-from benchmarks.peers.measure import OURS, PLAIN, TOOLS, _agreement, _time_of
+from benchmarks.peers.measure import OURS, PLAIN, TOOLS, _agreement, _measured, _time_of
 from benchmarks.peers.summary import summarise
-from benchmarks.peers.tools import REPOSITORY, ask
+from benchmarks.peers.tools import REPOSITORY, Workplace, ask
 from benchmarks.ratios import in_turn, ratios
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.stats import Stats
@@ -53,6 +54,32 @@ def test_agreement_counts_the_experts_that_both_keep():
     assert found["jaccard"] == [0.6]
     assert found["largest_relative_difference_of_scores"] == pytest.approx(0.2)
     assert "3 of 4" in summarise([found])
+
+
+def test_all_tools_are_timed_in_turn_and_compared_on_both_models(tmp_path, monkeypatch):
+    asked = []
+
+    def canned(python: Path, program: str, **request: object) -> dict:
+        asked.append((request.get("what"), Path(str(request.get("model"))).name, request.get("dtype")))
+        if program == "inputs.py":
+            return {"tokens": request["tokens"]}
+        if program == "causality.py":
+            return {"scale": 1.0, "difference": {"rows": {"basic": 0.0, "sequential": 2.5}}}
+        kept = [[0, 2]] if "sequential" in str(request["what"]) else [[0, 1]]
+        return answer(1.0, kept=kept, load=[[0.5, 2.0]])
+
+    monkeypatch.setattr("benchmarks.peers.measure.ask", canned)
+    place = Workplace({owner: Path("python") for owner in ("moeprune", "llm-compressor", "Cerebras")}, tmp_path, {})
+    found = list(_measured(place, tmp_path, rounds=2, tokens=64))
+    timed = [what for what in asked if what[1:] == ("random", "float32")]
+    assert timed[:7] == timed[7:14][::-1], "forwards, then backwards"
+    compared = {(line["model"], line["tool"]): line["common"] for line in found if "common" in line}
+    assert len(compared) == 2 * 7
+    assert compared["trained", "llm-compressor, basic"] == [2]
+    assert compared["trained", "llm-compressor, sequential, causal"] == [1]
+    table = summarise(found)
+    assert table.count("| bfloat16 |") == 4
+    assert "sequential: 2.5" in table
 
 
 def test_a_process_is_asked_with_json_and_times_itself(tmp_path, monkeypatch):
