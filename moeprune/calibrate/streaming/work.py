@@ -179,7 +179,8 @@ class Work:
     def record(self, stats: Stats) -> dict[str, Any]:
         """What is said of the run in its statistics."""
         tokens = {name: int(count) for name, count in zip(stats.domains, stats.tokens, strict=True)}
-        return {"seconds": self._spent(), "tokens": tokens, **STREAMED}
+        dtype = str(self._stream.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "seconds": self._spent(), "tokens": tokens, **STREAMED}
 
 
 def _most_kept(plan: Schedule) -> int:

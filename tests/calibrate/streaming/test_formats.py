@@ -74,4 +74,6 @@ def test_another_dtype_than_the_stored_one(tmp_path, dtype):
     save("deepseek_v3", tmp_path)
     source = open_source(tmp_path)
     whole = whole_stats(source, load_model(tmp_path, dtype=dtype), text())
-    assert_equal_stats(stream_stats(source, rows=text(), batch_size=2, dtype=dtype, quiet=True), whole)
+    streamed = stream_stats(source, rows=text(), batch_size=2, dtype=dtype, quiet=True, run={"dtype": "as asked for"})
+    assert_equal_stats(streamed, whole)
+    assert streamed.runs[0]["dtype"] == dtype
