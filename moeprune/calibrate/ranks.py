@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ Made = TypeVar("Made")
 
 FAILED = "moeprune/failed"
 POLL_SECONDS = 0.5
+TELLING = timedelta(seconds=5)
 GRACE_SECONDS = 20  # for a rank to save its sums after another one failed; torchrun gives 30
 # Failures are told through the store, so that this is only how long a fast rank waits for a slow one.
 PATIENCE = timedelta(hours=12)
@@ -41,7 +42,7 @@ class Ranks:
         world: How many there are.
         device: Where its model runs, ``cpu`` or ``cuda:N``.
         here: How many there are on its machine.
-        first_here: Whether it is the first on its machine.
+        local: Its number on its machine.
         store: Where ranks tell each other of failures (a ``torch.distributed.Store``); None where there is but one.
     """
 
@@ -49,7 +50,7 @@ class Ranks:
     world: int = 1
     device: str = "cpu"
     here: int = 1
-    first_here: bool = True
+    local: int = 0
     store: Any = None
 
     @classmethod
@@ -80,7 +81,7 @@ class Ranks:
             store=dist.PrefixStore("sums", store),  # pyright: ignore[reportPrivateImportUsage]
             rank=rank, world_size=world, timeout=PATIENCE,
         )  # fmt: skip
-        return cls(rank, world, device, here, local == 0, store)
+        return cls(rank, world, device, here, local, store)
 
     @property
     def is_first(self) -> bool:
@@ -165,11 +166,20 @@ class Ranks:
             if watch.failure is not None and isinstance(error, Interrupted):
                 raise SystemExit(1) from None  # that rank has said why
             text = str(error) if isinstance(error, MoePruneError | Interrupted) else f"{type(error).__name__}: {error}"
-            self.store.compare_set(FAILED, "", f"rank {self.rank} of {self.world}: {text}")
+            watch.over.set()
+            with suppress(RuntimeError):  # the store has ended with the first machine
+                self._tell(f"rank {self.rank} of {self.world}: {text}", wait=not isinstance(error, Interrupted))
             raise
         finally:
             watch.over.set()
         dist.destroy_process_group()
+
+    def _tell(self, failure: str, *, wait: bool) -> None:
+        """Tell the others of a failure. When a process ends its launcher ends the others: let them print it first."""
+        self.store.compare_set(FAILED, "", failure)
+        self.store.set(_told(self.rank), "")
+        if wait:
+            self.store.wait(sorted({_told(0), _told(self.rank - self.local)}), TELLING)
 
 
 class _Watch(threading.Thread):
@@ -194,11 +204,17 @@ class _Watch(threading.Thread):
             if self.over.wait(POLL_SECONDS):  # this very rank failed, or all is done and the store has gone
                 return
             self.failure = failure
-            if self._ranks.first_here:
+            if self._ranks.local == 0:
                 print(f"error: {failure}", file=sys.stderr, flush=True)
+                with suppress(RuntimeError):
+                    self._store.set(_told(self._ranks.rank), "")
             os.kill(os.getpid(), signal.SIGTERM)
             if not self.over.wait(GRACE_SECONDS):
                 os._exit(1)
+
+
+def _told(rank: int) -> str:
+    return f"{FAILED}/told by {rank}"
 
 
 def _filled(stats: Stats, arrays: dict[str, np.ndarray]) -> Stats:
