@@ -12,13 +12,19 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from moeprune.calibrate.quantities import LEVELS
 from moeprune.data_spec import DataSpec
-from moeprune.errors import RecipeError, did_you_mean
+from moeprune.deploy.serving import Serving
+from moeprune.errors import DeployError, RecipeError, did_you_mean
 from moeprune.score import SCORES
 
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def _as_deployments(value: Any) -> Any:
+    return [{"engine": item} if isinstance(item, str) else item for item in _as_list(value)]
 
 
 def _known_score(name: str) -> str:
@@ -33,7 +39,7 @@ TopK = Annotated[int, Field(gt=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
 
 
 class Calibration(_Section):
@@ -92,6 +98,8 @@ class Variant(_Section):
         keep: Share of experts to keep.
         keep_experts: Number of experts a layer to keep, instead of ``keep``.
         top_k: Active experts a token; by default the model's own.
+        groups: Whether group-limited routing stays, where the model has it.
+        mtp: Multi-token prediction layers: pruned like the last layer (``prune``), or left out (``drop``).
         domains: Share of each calibration domain in the saliency.
         seed: For criteria that draw random numbers.
     """
@@ -101,6 +109,8 @@ class Variant(_Section):
     keep: Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_as_list)] = (1.0,)
     keep_experts: int | None = Field(default=None, gt=0)
     top_k: Annotated[tuple[TopK | None, ...], Field(min_length=1), BeforeValidator(_as_list)] = (None,)
+    groups: bool = True
+    mtp: Literal["prune", "drop"] = "prune"
     domains: dict[str, Annotated[float, Field(ge=0)]] | None = None
     seed: int = 0
 
@@ -110,6 +120,9 @@ class Variant(_Section):
             raise ValueError("give keep or keep_experts, not both")
         if self.name and len(self.score) * len(self.keep) * len(self.top_k) > 1:
             raise ValueError(f"the name {self.name!r} stands for several variants; leave it out to have them named")
+        for name in self.score:
+            if self.domains is not None and not SCORES.get(name).by_domain:
+                raise ValueError(f"the score {name!r} cannot be told by domain; leave domains out")
         return self
 
 
@@ -121,6 +134,8 @@ class PlanSettings(_Section):
     keep: float | None
     keep_experts: int | None
     top_k: int | None
+    groups: bool
+    mtp: Literal["prune", "drop"]
     domains: dict[str, float] | None
     seed: int
 
@@ -133,6 +148,42 @@ class PlanSettings(_Section):
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``make_plan``."""
         return self.model_dump(exclude={"name"})
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`moeprune.plan.uniform.choose_sizes`."""
+        return self.model_dump(include={"keep", "keep_experts", "top_k", "groups"})
+
+
+class Deployment(_Section):
+    """An engine that is to serve the pruned models (:class:`moeprune.deploy.serving.Serving`).
+
+    Attributes:
+        engine: Its name.
+        tp: Tensor-parallel size.
+        ep: Expert-parallel size.
+        redundant: Copies of experts on top of the model's own.
+        gpu: Which GPU.
+    """
+
+    engine: str
+    tp: int = 1
+    ep: int = 1
+    redundant: int = 0
+    gpu: str | None = None
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Deployment:
+        try:
+            _ = self.serving
+        except DeployError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def serving(self) -> Serving:
+        """The same, checked."""
+        return Serving(**self.model_dump())
 
 
 class Evaluation(_Section):
@@ -178,6 +229,8 @@ class Recipe(_Section):
         dtype: dtype in which the model runs; ``auto`` is the stored one.
         calibrate: Text for the statistics.
         variants: Pruned models to compare with the original.
+        deploy: Engines that are to serve them, written ``for``. The number of experts nearest to a variant's ``keep``
+            that they serve well is taken; a ``keep_experts`` that one of them cannot serve is refused.
         export: Name of the variant that is written as a checkpoint and verified; where missing, the only variant if
             there is but one, else none.
         evaluate: Tasks.
@@ -189,6 +242,7 @@ class Recipe(_Section):
     dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$")
     calibrate: Calibration
     variants: tuple[Variant, ...] = Field(min_length=1)
+    deploy: Annotated[tuple[Deployment, ...], BeforeValidator(_as_deployments)] = Field(default=(), alias="for")
     export: str | None = None
     evaluate: Evaluation | None = None
     throughput: Throughput | None = None
@@ -197,6 +251,11 @@ class Recipe(_Section):
     def plans(self) -> tuple[PlanSettings, ...]:
         """Every variant, lists resolved, in the order of the recipe."""
         return tuple(settings for variant in self.variants for settings in _resolve(variant))
+
+    @property
+    def where(self) -> tuple[Serving, ...]:
+        """What ``deploy`` says, as planners and checks take it."""
+        return tuple(deployment.serving for deployment in self.deploy)
 
     @property
     def exported(self) -> str | None:
@@ -214,6 +273,13 @@ class Recipe(_Section):
                 )
             if names.count(name) > 1:
                 raise ValueError(f"two variants are named {name!r}; give them names of their own")
+        for settings in self.plans:
+            level, given = SCORES.get(settings.score).level, self.calibrate.statistics
+            if LEVELS.index(level) > LEVELS.index(given):
+                raise ValueError(
+                    f"the score {settings.score!r} needs more than the {given} statistics; "
+                    f"give calibrate.statistics: {level}"
+                )
         if self.export is not None and self.export not in names:
             raise ValueError(f"export names an unknown variant {self.export!r}. {did_you_mean(self.export, names)}")
         return self
@@ -226,6 +292,7 @@ _SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("calibrate", "data"): DataSpec,
     ("calibrate", "self_generate"): DataSpec,
     ("variants",): Variant,
+    ("for",): Deployment,
     ("evaluate",): Evaluation,
     ("throughput",): Throughput,
 }
@@ -238,10 +305,12 @@ def _resolve(variant: Variant) -> list[PlanSettings]:
         kept = f"{variant.keep_experts}e" if variant.keep_experts else f"{keep * 100:g}"
         parts = [f"{score}-{kept}"] if variant.keep_experts or keep < 1 else []
         parts += [f"topk-{top_k}"] if top_k else []
+        parts += [] if variant.groups else ["no-groups"]
         resolved.append(
             PlanSettings(
                 name=variant.name or "-".join(parts) or ORIGINAL, score=score, keep=share,
-                keep_experts=variant.keep_experts, top_k=top_k, domains=variant.domains, seed=variant.seed,
+                keep_experts=variant.keep_experts, top_k=top_k, groups=variant.groups, mtp=variant.mtp,
+                domains=variant.domains, seed=variant.seed,
             )
         )  # fmt: skip
     return resolved
@@ -296,12 +365,13 @@ def _explain(mistake: Any) -> str:
     if mistake["type"] != "extra_forbidden":
         return f"{where}: {mistake['msg'].removeprefix('Value error, ')}"
     section = _SECTIONS.get(tuple(part for part in mistake["loc"][:-1] if isinstance(part, str)), Recipe)
-    return f"{where}: unknown key. {did_you_mean(str(mistake['loc'][-1]), section.model_fields)}"
+    keys = [field.alias or name for name, field in section.model_fields.items()]
+    return f"{where}: unknown key. {did_you_mean(str(mistake['loc'][-1]), keys)}"
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML."""
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json", by_alias=True)
     for variant in values["variants"]:
         if variant["keep_experts"] is not None:
             del variant["keep"]  # beside keep_experts even its default would be read as a contradiction

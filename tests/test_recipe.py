@@ -11,7 +11,7 @@ from moeprune.errors import RecipeError
 from moeprune.plan.uniform import make_plan
 from moeprune.recipe import Recipe, dump_recipe, load_recipe
 from moeprune.resources import recipes
-from tests.fake_stats import fake_stats
+from tests.fake_stats import facts, fake_stats
 
 BASE = {"model": "demo", "calibrate": {"data": "demo"}, "variants": [{"keep": 0.5}]}
 
@@ -51,6 +51,7 @@ def test_lists_are_crossed_in_the_order_they_are_written():
         ({"keep_experts": 6}, "reap-6e"),
         ({"keep_experts": 6, "top_k": 2}, "reap-6e-topk-2"),
         ({"top_k": 2}, "topk-2"),
+        ({"keep": 0.5, "groups": False}, "reap-50-no-groups"),
         ({"keep": 0.5, "name": "mine.v1_a-b"}, "mine.v1_a-b"),
     ],
 )
@@ -62,7 +63,8 @@ def test_a_variant_becomes_the_arguments_of_its_plan():
     variant = {"keep": [0.5], "score": "random", "top_k": 2, "domains": {"code": 2}, "seed": 7}
     (settings,) = recipe(variants=[variant]).plans
     assert settings.arguments == {
-        "score": "random", "keep": 0.5, "keep_experts": None, "top_k": 2, "domains": {"code": 2.0}, "seed": 7,
+        "score": "random", "keep": 0.5, "keep_experts": None, "top_k": 2, "groups": True, "mtp": "prune",
+        "domains": {"code": 2.0}, "seed": 7,
     }  # fmt: skip
     plan = make_plan(fake_stats(), **settings.arguments)
     assert (plan.num_experts, plan.top_k, plan.method["seed"]) == (5, 2, 7)
@@ -72,6 +74,15 @@ def test_a_number_of_experts_replaces_the_share():
     (settings,) = recipe(variants=[{"keep_experts": 6}]).plans
     assert settings.keep is None and settings.prunes
     assert make_plan(fake_stats(), **settings.arguments).num_experts == 6
+
+
+def test_the_engine_that_is_to_serve_a_model_chooses_the_number():
+    made = recipe(variants=[{"keep": 0.7, "mtp": "drop"}], **{"for": {"engine": "vllm", "ep": 4}})
+    (settings,) = made.plans
+    plan = make_plan(fake_stats(facts(num_experts=64)), **settings.arguments, where=made.where)
+    assert make_plan(fake_stats(facts(num_experts=64)), **settings.arguments).num_experts == 45
+    assert (plan.num_experts, plan.mtp) == (48, "drop")  # 44 is nearer, but no multiple of 8
+    assert plan.method["for"] == [{"engine": "vllm", "tp": 1, "ep": 4, "redundant": 0, "gpu": None}]
 
 
 def test_lowering_the_top_k_prunes_nothing():
@@ -108,8 +119,9 @@ FULL = {
         {"score": ["reap", "ean"], "keep": [0.5, 0.75], "top_k": [2, None]},
         {"keep_experts": 6, "domains": {"math": 1}},
         {"name": "mine", "keep": 0.3, "seed": 4},
-        {"top_k": 1},
+        {"top_k": 1, "groups": False, "mtp": "drop"},
     ],
+    "for": ["vllm", {"engine": "sglang", "tp": 2, "gpu": "H200"}],
     "evaluate": {"tasks": "offline", "include": "some/folder", "limit": 5},
     "throughput": {"batch": 2},
 }  # fmt: skip
@@ -188,11 +200,11 @@ evaluate: {taks: x}
         "evaluate.taks: unknown key. Did you mean 'tasks'? Known: batch_size, include, limit, seed, tasks.",
         "evaluate.tasks: Field required",
         "model: Field required",
-        "modle: unknown key. Did you mean 'model'? Known: calibrate, dtype, evaluate, export, model, throughput, "
-        "title, variants.",
+        "modle: unknown key. Did you mean 'model'? Known: calibrate, dtype, evaluate, export, for, model, "
+        "throughput, title, variants.",
         "variants.0.keep.0: Input should be less than or equal to 1",
         "variants.1.score.1: unknown score 'raep'. Did you mean 'reap'? Known: ean, ean-mean, easy-ep, "
-        "frequency, msan, random, reap, soft-frequency, weighted-ean.",
+        "frequency, mone, msan, random, reap, soft-frequency, weighted-ean.",
         "variants.2: give keep or keep_experts, not both",
         "variants.3.domains.code: Input should be greater than or equal to 0",
         "variants.3.top_k.0: Input should be greater than 0",
@@ -219,6 +231,23 @@ evaluate: {taks: x}
             {"calibrate": {"data": []}},
             "calibrate: no calibration text; give data (a file, a Hub id, a mix or demo) or self_generate",
         ),
+        (
+            {"variants": [{"score": "mone", "keep": 0.5}]},
+            "recipe: the score 'mone' needs more than the standard statistics; give calibrate.statistics: merge",
+        ),
+        (
+            {"variants": [{"score": "mone", "keep": 0.5, "domains": {"a": 1}}]},
+            "variants.0: the score 'mone' cannot be told by domain; leave domains out",
+        ),
+        (
+            {"for": "vlm"},
+            "for.0: unknown engine 'vlm'. Did you mean 'vllm'? Known: llama.cpp, sglang, transformers, vllm.",
+        ),
+        (
+            {"for": {"engine": "vllm", "pp": 2}},
+            "for.0.pp: unknown key. Did you mean 'tp'? Known: engine, ep, gpu, redundant, tp.",
+        ),
+        ({"for": {"engine": "vllm", "tp": 0}}, "for.0: --tp 0: expected a whole number from 1."),
         (
             {"variants": [{"name": "../up", "keep": 0.5}]},
             "variants.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'",

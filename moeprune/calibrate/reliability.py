@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from numpy import ndarray
 
+from moeprune.calibrate.quantities import QUANTITIES
 from moeprune.calibrate.stats import Stats
 from moeprune.errors import StatsError
 from moeprune.score import SCORES
@@ -68,6 +69,11 @@ def split_half(
     criterion = SCORES.get(score)
     if score in NO_TEXT:
         raise StatsError(f"the score {score!r} does not look at the text, so that no text makes it more reliable.")
+    if whole := [name for name in criterion.needs if not QUANTITIES[name].halved]:
+        raise StatsError(
+            f"the score {score!r} needs {whole[0]}, which is not kept for the even and the odd rows apart, so that its "
+            f"reliability cannot be told. Use one of: {', '.join(usable_scores(stats))}."
+        )
     criterion.check(stats)
     halves = [stats.half(0), stats.half(1)]
     kept = max(1, round(keep * stats.model.num_experts))

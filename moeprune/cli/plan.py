@@ -67,12 +67,12 @@ def plan(
         keep_experts=keep_experts,
         top_k=top_k,
         groups=not no_groups,
+        mtp=mtp,
         where=where,
         domains=parse_domains(domain) if domain else None,
         seed=seed,
         stats_sha256=sha256_file(stats),
     )
-    made = made.model_copy(update={"mtp": mtp})
     made.save(out)
     if as_json:
         print_json(made.model_dump(mode="json"))

@@ -105,11 +105,11 @@ def describe(stats: Stats, *, score: str = "reap", keep: float = 0.5) -> dict[st
     from moeprune.score import SCORES
 
     counts = stats.experts["count"].sum(axis=0)
-    SCORES.get(score)
+    criterion = SCORES.get(score)
     found = super_experts(stats)
     layers = layer_coverage(stats)
     halves = [split_half(stats, score=name, keep=keep) for name in usable_scores(stats)]
-    usable = not SCORES.get(score).missing(stats)
+    usable = criterion.by_domain and not criterion.missing(stats)
     return {
         "model": stats.model.name,
         "statistics": stats.statistics,

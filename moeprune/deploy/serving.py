@@ -28,7 +28,7 @@ class Serving:
         ep: Expert-parallel size; 1 means that every device holds a slice of each expert. For vLLM, which has no option
             for it, that is tensor-parallel times data-parallel size under ``--enable-expert-parallel``.
         redundant: Copies of experts on top of the model's own (vLLM's EPLB, SGLang's ``--ep-num-redundant-experts``).
-        gpu: One of :data:`moeprune.deploy.tuned.GPUS`, or None if not known.
+        gpu: One of :data:`moeprune.deploy.tuned.GPUS` in lower or upper case, or None if not known.
     """
 
     engine: str
@@ -38,6 +38,7 @@ class Serving:
     gpu: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gpu", self.gpu and self.gpu.lower())
         if self.engine not in VERSIONS:
             raise DeployError(f"unknown engine {self.engine!r}. {did_you_mean(self.engine, ENGINES)}")
         if self.gpu is not None and self.gpu not in GPUS:

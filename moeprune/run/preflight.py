@@ -9,7 +9,7 @@ from pathlib import Path
 from moeprune.calibrate.data import check_domains
 from moeprune.errors import MissingDependencyError, PlanError, RecipeError, did_you_mean
 from moeprune.evaluate import check_tasks
-from moeprune.plan.plan import check_sizes, num_to_keep
+from moeprune.plan.uniform import choose_sizes
 from moeprune.run.state import STATE
 from moeprune.run.workspace import Workspace, task_folder
 
@@ -39,8 +39,7 @@ def check_run(space: Workspace, *, force: bool) -> None:
     domains = [spec.name for spec in space.data]
     for variant in space.plans:
         try:
-            count = variant.keep_experts or num_to_keep(facts, keep=variant.keep or 1.0)
-            check_sizes(facts, num_experts=count, top_k=variant.top_k or facts.top_k)
+            choose_sizes(facts, **variant.sizes, where=space.recipe.where)
         except PlanError as error:
             raise PlanError(f"variant {variant.name!r}: {error}") from error
         for domain in variant.domains or {}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moeprune.calibrate.stats import Stats
@@ -68,14 +68,20 @@ def _calibrate(space: Workspace) -> Stage:
 def _plan(space: Workspace, name: str) -> Stage:
     settings = next(item for item in space.plans if item.name == name)
     path = space.plan_path(name)
+    where = space.recipe.where
 
     def work() -> None:
         stats = Stats.load(space.stats_path)
-        make_plan(stats, **settings.arguments, stats_sha256=sha256_file(space.stats_path)).save(path)
+        plan = make_plan(stats, **settings.arguments, where=where, stats_sha256=sha256_file(space.stats_path))
+        plan.save(path)
 
     return Stage(
         f"plan {name}",
-        lambda: fingerprint(stats=sha256_file(space.stats_path), settings=settings.model_dump(mode="json")),
+        lambda: fingerprint(
+            stats=sha256_file(space.stats_path),
+            settings=settings.model_dump(mode="json"),
+            where=list(map(asdict, where)),
+        ),
         (path,),
         work,
     )

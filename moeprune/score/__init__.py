@@ -8,6 +8,7 @@ from moeprune.score import (  # noqa: F401  isort: skip
     ean_mean,
     easy_ep,
     frequency,
+    mone,
     msan,
     random,
     reap,

@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
+from moeprune.calibrate.quantities import LEVELS, QUANTITIES
 from moeprune.errors import PlanError, StatsError
 from moeprune.registry import Registry
 
 if TYPE_CHECKING:
     from moeprune.calibrate.stats import Stats
 
-Sums = Mapping[str, Float64[ndarray, "layers experts"]]
+Sums = Mapping[str, Float64[ndarray, "layers experts ..."]]
 
 
 @runtime_checkable
@@ -27,8 +28,7 @@ class ScoreFunction(Protocol):
         """Score the experts.
 
         Args:
-            sums: The arrays of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that the criterion needs, and perhaps
-                others; domains already mixed.
+            sums: The arrays that the criterion needs, and perhaps others; domains already mixed.
             seed: For criteria that draw random numbers.
         """
         ...
@@ -43,7 +43,7 @@ class Score:
         function: Computes it.
         formula: What it computes, with g the gate weight, f the expert's unweighted output, T the tokens routed to it.
         source: Paper that proposed or measured it.
-        needs: The names of :data:`moeprune.calibrate.stats.EXPERT_SUMS` that it reads.
+        needs: The names of the quantities (:mod:`moeprune.calibrate.quantities`) that it reads.
     """
 
     name: str
@@ -52,9 +52,19 @@ class Score:
     source: str
     needs: tuple[str, ...]
 
+    @property
+    def level(self) -> str:
+        """The lowest level of statistics that holds all it needs."""
+        return max((QUANTITIES[name].level for name in self.needs), key=LEVELS.index, default=LEVELS[0])
+
+    @property
+    def by_domain(self) -> bool:
+        """Whether it can be told for a domain or a mix: not where it needs what is summed over all text alone."""
+        return all("domains" in QUANTITIES[name].axes for name in self.needs)
+
     def missing(self, stats: Stats) -> list[str]:
         """Names of the sums that the criterion needs and the statistics do not have."""
-        return [name for name in self.needs if name not in stats.experts]
+        return [name for name in self.needs if name not in stats.group(name)]
 
     def check(self, stats: Stats) -> None:
         """Refuse statistics without a sum that the criterion needs.
@@ -81,10 +91,17 @@ class Score:
             seed: For criteria that draw random numbers.
 
         Raises:
-            StatsError: If the statistics lack a sum that the criterion needs, or a domain is unknown.
+            StatsError: If the statistics lack a sum that the criterion needs, a domain is unknown, or domains are given
+                to a criterion that cannot be told by domain.
         """
         self.check(stats)
-        return self.function(stats.mixed(domains), seed=seed)
+        if domains is not None and not self.by_domain:
+            whole = next(name for name in self.needs if "domains" not in QUANTITIES[name].axes)
+            raise StatsError(
+                f"the score {self.name!r} needs {whole}, which is summed over all domains together: they cannot be "
+                "mixed afterwards. Leave the shares of domains out, or calibrate on the mix itself."
+            )
+        return self.function(stats.mixed(domains, names=[*stats.experts, *self.needs]), seed=seed)
 
 
 SCORES: Registry[Score] = Registry("score", PlanError)

@@ -89,6 +89,8 @@ def test_the_score_that_ignores_the_text_is_refused():
 def test_refusals():
     with pytest.raises(PlanError, match="unknown score 'raep'"):
         reliability(halves_of([1, 2], [2, 1]), score="raep")
+    with pytest.raises(StatsError, match="'mone' needs output_sum, which is not kept for the even and the odd rows"):
+        reliability(halves_of([1, 2], [2, 1]), score="mone")
     with pytest.raises(StatsError, match="do not tell even from odd rows"):
         reliability(fake_stats(), score="reap")
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import moeprune.score
-from moeprune.calibrate.stats import EXPERT_SUMS
 from moeprune.errors import PlanError, StatsError
 from moeprune.score import SCORES
 from tests.fake_stats import fake_stats
 
 SUMS = fake_stats().mixed()
-KNOWN = "ean, ean-mean, easy-ep, frequency, msan, random, reap, soft-frequency, weighted-ean"
+SUMS["output_sum"] = np.stack([0.02 * SUMS["norm_sum"], 0.01 * SUMS["gate_sum"]], axis=-1)
+KNOWN = "ean, ean-mean, easy-ep, frequency, mone, msan, random, reap, soft-frequency, weighted-ean"
 
 
 def by_hand(name: str, layer: int, expert: int) -> float:
@@ -21,12 +21,14 @@ def by_hand(name: str, layer: int, expert: int) -> float:
         SUMS[key][layer, expert]
         for key in ("count", "gate_sum", "norm_sum", "gated_norm_sum", "norm_sq_sum", "token_gated_norm_sum")
     )
+    mean = SUMS["output_sum"][layer, expert] / max(count, 1)
     return {
         "frequency": count,
         "soft-frequency": gate_sum,
         "ean": norm_sum,
         "ean-mean": norm_sum / count if count else 0.0,
         "easy-ep": turned,
+        "mone": gate_sum * np.sqrt(max(squares - count * (mean @ mean), 0.0) / max(count - 1, 1)),
         "msan": squares / count if count else 0.0,
         "weighted-ean": gated,
         "reap": gated / count if count else 0.0,
@@ -51,13 +53,44 @@ def test_an_expert_that_was_never_chosen_matters_least_and_warns_of_nothing(name
     assert (saliency[:, :-1] > 0).all()
 
 
+def test_mone_is_the_deviation_of_the_outputs_times_the_gate():
+    """Against the unbiased variance that numpy computes from the outputs themselves."""
+    rng = np.random.default_rng(0)
+    outputs = [
+        rng.normal(size=(40, 6)),
+        np.ones((40, 6)) * 1.7,
+        rng.normal(5.0, 1e-3, (40, 6)),
+        rng.normal(size=(1, 6)),
+    ]
+    gates = np.array([12.0, 30.0, 9.0, 0.5])
+    sums = {
+        "count": np.array([[float(len(f)) for f in outputs]]),
+        "gate_sum": gates[None],
+        "norm_sq_sum": np.array([[np.square(f).sum() for f in outputs]]),
+        "output_sum": np.array([[f.sum(axis=0) for f in outputs]]),
+    }
+    expected = gates * [np.sqrt(f.var(axis=0, ddof=1).sum()) if len(f) > 1 else 0.0 for f in outputs]
+    np.testing.assert_allclose(SCORES.get("mone").function(sums, seed=0)[0], expected, rtol=1e-8, atol=1e-5)
+
+
+def test_mone_needs_the_merge_level_and_no_mix_of_domains():
+    stats = fake_stats()
+    with pytest.raises(StatsError, match=r"needs output_sum, which only `moeprune calibrate --stats merge` gives"):
+        SCORES.get("mone").saliency(stats)
+    stats.statistics, stats.more["output_sum"] = "merge", SUMS["output_sum"]
+    np.testing.assert_array_equal(SCORES.get("mone").saliency(stats), SCORES.get("mone").function(SUMS, seed=0))
+    with pytest.raises(StatsError, match="summed over all domains together"):
+        SCORES.get("mone").saliency(stats, domains={"code": 1.0})
+    assert [SCORES.get(name).level for name in ("random", "reap", "mone")] == ["standard", "standard", "merge"]
+
+
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_a_criterion_leaves_the_statistics_alone(name):
     """Returning an array of the statistics itself would let a later stage change them."""
     sums = {key: array.copy() for key, array in SUMS.items()}
     SCORES.get(name).function(sums, seed=0)[:] = -1
-    for key in EXPERT_SUMS:
-        np.testing.assert_array_equal(sums[key], SUMS[key], err_msg=key)
+    for key, array in SUMS.items():
+        np.testing.assert_array_equal(sums[key], array, err_msg=key)
 
 
 @pytest.mark.parametrize("name", sorted(set(SCORES) - {"random"}))
@@ -108,7 +141,7 @@ def test_a_criterion_reads_exactly_what_it_says_it_needs(name):
             score.function({other: array for other, array in needed.items() if other != key}, seed=0)
 
 
-@pytest.mark.parametrize("name", sorted(SCORES))
+@pytest.mark.parametrize("name", sorted(name for name in SCORES if SCORES.get(name).by_domain))
 def test_the_saliency_of_statistics_is_that_of_their_mixed_sums(name):
     stats = fake_stats()
     score, weights = SCORES.get(name), {"code": 0.7, "math": 0.3}
@@ -135,6 +168,6 @@ def test_a_criterion_that_needs_an_absent_sum_names_those_that_do_not(partial):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean", "ean-mean", "msan"}))
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean", "ean-mean", "mone", "msan"}))
 def test_a_criterion_that_needs_no_absent_sum_is_computed(partial, name):
     np.testing.assert_array_equal(SCORES.get(name).saliency(partial), SCORES.get(name).saliency(fake_stats()))
