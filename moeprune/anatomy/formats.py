@@ -86,6 +86,9 @@ class StoredFormat:
         return [(f"_{leaf}", leaf) for leaf in leaves if "_" in leaf] + short
 
 
+NOT_LOADED = ("no", "attention only")
+"""What :attr:`StoredFormat.loads` says where transformers computes nothing with quantised experts."""
+
 FORMATS: dict[str, StoredFormat] = {
     stored.name: stored
     for stored in (

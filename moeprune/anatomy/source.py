@@ -8,11 +8,14 @@ from pathlib import Path
 
 from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.derive import derive_anatomy
+from moeprune.anatomy.formats import NOT_LOADED
 from moeprune.anatomy.quantization import HF_QUANT_CONFIG, Quantisation, quantisation_of
 from moeprune.anatomy.roles import Role
 from moeprune.anatomy.skeleton import load_config
 from moeprune.anatomy.stored import map_stored
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, read_object, resolve_model
+from moeprune.checkpoint.global_scales import left_out_because, left_out_scale
+from moeprune.errors import UnsupportedModelError
 from moeprune.facts import ModelFacts
 
 
@@ -45,6 +48,26 @@ class Source:
     def facts(self) -> ModelFacts:
         """What stats and plans carry of this model."""
         return self.anatomy.facts(name=self.name, fingerprint=self.checkpoint.fingerprint())
+
+    @property
+    def why_not_run(self) -> str | None:
+        """Why transformers would not compute what the stored experts do; None if it does."""
+        if self.quantisation is not None and self.quantisation.stored.loads in NOT_LOADED:
+            return f"its weights are stored as {self.quantisation.title}, which transformers does not dequantise"
+        left_out = left_out_scale(self.checkpoint.tensors)
+        return None if left_out is None else left_out_because(left_out)
+
+    def check_runs(self) -> None:
+        """Refuse to run a model whose experts transformers does not dequantise, or dequantises wrongly.
+
+        Raises:
+            UnsupportedModelError: Why, and what to do.
+        """
+        if self.why_not_run:
+            raise UnsupportedModelError(
+                f"{self.path}: {self.why_not_run}, so that its experts cannot be watched. Calibrate the unquantised "
+                "checkpoint; its statistics are those of this one, too, as far as quantisation left the model alone."
+            )
 
 
 def open_source(model: str | Path) -> Source:

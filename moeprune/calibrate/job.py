@@ -68,7 +68,7 @@ class Job:
         say: Receives one line for each thing that was decided without being asked for.
 
     Raises:
-        MoePruneError: If options contradict each other.
+        MoePruneError: If options contradict each other, or transformers cannot run the model as it is stored.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Job:
         self._load = load or self._loaded
         self._say = say if ranks.is_first else lambda line: None
         _check(settings, how, ranks)
+        source.check_runs()
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.checkpoint.global_scales import left_out_because, left_out_scale
 from moeprune.checkpoint.unloaded import is_expected
 from moeprune.errors import CheckpointError, MoePruneError, did_you_mean
 
@@ -62,6 +64,10 @@ def load_model(
     logging.disable_progress_bar()
     try:
         config = transformers_config(path)
+        if getattr(config, "quantization_config", None) is not None:
+            left_out = left_out_scale(open_checkpoint(path).tensors)
+            if left_out:
+                raise CheckpointError(f"{path}: {left_out_because(left_out)}. Load the unquantised checkpoint.")
         loaded: Any = model_class(config).from_pretrained(
             path,
             config=config,
@@ -71,7 +77,9 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named and refused below
         )
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except MoePruneError:
+        raise
+    except (RuntimeError, ValueError, OSError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{path}: does not load: {error}") from error
     finally:
         logging.set_verbosity(verbosity)

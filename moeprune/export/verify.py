@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from moeprune.anatomy.derive import derive_anatomy
 from moeprune.anatomy.roles import AllExperts, ExpertIds, OneExpert, Towers
 from moeprune.anatomy.source import Source, open_source
+from moeprune.calibrate.streaming.memory import fits
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
 from moeprune.checkpoint.load import load_model
-from moeprune.errors import CheckpointError, VerifyError
+from moeprune.errors import CheckpointError, UnsupportedModelError, VerifyError
 from moeprune.export.export import MANIFEST
 from moeprune.files import read_json
 from moeprune.plan.plan import Plan
@@ -64,11 +65,16 @@ def verify_checkpoint(
     checks = []
     pruned: PreTrainedModel | None = None
     try:
-        pruned = load_model(folder, device=device)
-        checks.append(Check("strict reload", True, "no missing, unexpected or mismatched tensor"))
-    except CheckpointError as error:
-        checks.append(Check("strict reload", False, str(error)))
-    checks.append(_check_counts(checkpoint, plan, pruned))
+        result = open_source(folder)
+        checks.append(Check("layout", True, "every tensor that the config asks for is stored"))
+        checks.append(_check_counts(result, plan))
+        if why := _why_not_run(result, source, device):
+            checks.append(Check("strict reload", True, f"not made, nor are logits compared: {why}"))
+        else:
+            pruned = load_model(folder, device=device)
+            checks.append(Check("strict reload", True, "no missing, unexpected or mismatched tensor"))
+    except (CheckpointError, UnsupportedModelError) as error:
+        checks.append(Check("strict reload" if checks else "layout", False, str(error)))
     if source is None:
         checks.append(
             Check("comparison with the source", True, f"not made: {plan.model.name} is not at hand (--against)")
@@ -78,7 +84,9 @@ def verify_checkpoint(
         if (source.facts.layers, source.facts.num_experts) == (plan.model.layers, plan.model.num_experts):
             checks.append(_check_tensors(checkpoint, source, plan, quiet))
     if pruned is not None and all(check.passed for check in checks):
-        checks += _check_behaviour(pruned, source, plan, device)
+        outputs = _run(pruned)
+        del pruned  # there may be room for one model
+        checks += _check_outputs(outputs, source, plan, device)
     return checks
 
 
@@ -101,17 +109,24 @@ def _source_path(plan: Plan, against: str | Path | None) -> Path | None:
     return resolve_model(recorded) if recorded == DEMO or Path(recorded).is_dir() else None
 
 
-def _check_counts(checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel | None) -> Check:
-    name = "config"
-    if model is None:
-        return Check(name, False, "not checked: the model does not load")
-    anatomy = derive_anatomy(model.config)
+def _why_not_run(pruned: Source, source: Source | None, device: str) -> str | None:
+    if pruned.why_not_run:
+        return pruned.why_not_run
+    for model in (source or pruned, pruned):  # one after the other; the source is the larger one
+        room, why = fits(model, device=device)
+        if not room:
+            return why
+    return None
+
+
+def _check_counts(pruned: Source, plan: Plan) -> Check:
+    name, anatomy, config = "config", pruned.anatomy, pruned.checkpoint.config
     for field, before, expected in (
         (anatomy.num_experts, plan.model.num_experts, plan.num_experts),
         (anatomy.top_k, plan.model.top_k, plan.top_k),
     ):
-        raw = field.within(checkpoint.config)
-        for alias in field.names_in(checkpoint.config, before):
+        raw = field.within(config)
+        for alias in field.names_in(config, before):
             if raw.get(alias) != expected:
                 return Check(name, False, f"{alias} is {raw.get(alias)}, the plan says {expected}")
     return Check(name, True, f"{plan.num_experts} experts, top-{plan.top_k}, under every name that readers look for")
@@ -214,32 +229,43 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
 
-def _check_behaviour(pruned: PreTrainedModel, source: Source | None, plan: Plan, device: str) -> list[Check]:
-    import torch
+@dataclass(frozen=True)
+class _Outputs:
+    """What the pruned model says to random tokens: ``probes`` (rows, tokens), their logits, and tokens written."""
 
-    from moeprune.apply.memory import apply_plan
+    probes: list[Tensor]
+    logits: list[Tensor]
+    written: int
+
+
+def _run(pruned: PreTrainedModel) -> _Outputs:
+    import torch
 
     generator = torch.Generator().manual_seed(0)
     embedding: Any = pruned.get_input_embeddings()
     vocab = int(embedding.weight.shape[0])
     probes = [torch.randint(vocab, (2, length), generator=generator).to(pruned.device) for length in PROBE_LENGTHS]
-    logits = [_logits(pruned, ids) for ids in probes]
+    generate: Any = pruned.generate
+    text = generate(probes[0][:1, :8], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    return _Outputs(probes, [_logits(pruned, ids) for ids in probes], text.shape[1] - 8)
+
+
+def _check_outputs(outputs: _Outputs, source: Source | None, plan: Plan, device: str) -> list[Check]:
+    from moeprune.apply.memory import apply_plan
+
     checks = []
-    if not all(bool(output.isfinite().all()) for output in logits):
+    if not all(bool(logits.isfinite().all()) for logits in outputs.logits):
         checks.append(Check("finite logits", False, "the pruned model gives NaN or infinity"))
     if source is not None:
         original = load_model(source.checkpoint.path, device=device)
         in_memory = apply_plan(original, plan=plan, anatomy=source.anatomy)
         worst = max(
-            float((_logits(in_memory, ids).float() - output.float()).abs().max())
-            for ids, output in zip(probes, logits, strict=True)
+            float((_logits(in_memory, ids).float() - logits.float()).abs().max())
+            for ids, logits in zip(outputs.probes, outputs.logits, strict=True)
         )
-        detail = f"largest difference {worst:g} over {sum(ids.numel() for ids in probes)} tokens"
+        detail = f"largest difference {worst:g} over {sum(ids.numel() for ids in outputs.probes)} tokens"
         checks.append(Check("logits equal to the plan applied in memory", worst == 0, detail))
-    generate: Any = pruned.generate
-    text = generate(probes[0][:1, :8], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    made = text.shape[1] - 8
-    checks.append(Check("generation", made > 0, f"{made} tokens"))
+    checks.append(Check("generation", outputs.written > 0, f"{outputs.written} tokens"))
     return checks
 
 

@@ -106,7 +106,7 @@ class Sizes:
 
     num_experts: int
     top_k: int
-    n_group: int | None
+    n_group: Literal[1] | None
     served: Mapping[str, Any]
 
 

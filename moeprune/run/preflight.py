@@ -28,6 +28,7 @@ def check_run(space: Workspace, *, force: bool) -> None:
             "calibrate."
         )
     check_folder(space.out, force=force)
+    space.source.check_runs()
     if find_spec("matplotlib") is None:
         raise MissingDependencyError("the report needs matplotlib. Install it with: pip install 'moeprune[report]'")
     if space.recipe.evaluate is not None:

@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeprune.calibrate.streaming import memory
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import PlanError, VerifyError
 from moeprune.export import verify as verify_module
 from moeprune.export.export import export_checkpoint
 from moeprune.export.verify import Check, verify_checkpoint
 from moeprune.plan.plan import Plan
+from tests.formats import save_quantised
 from tests.models import build, save
 from tests.pruning import edit_config, edit_tensors, plan_for
 
 BYTES = "every tensor byte for byte"
 PASSED = [
-    "strict reload", "config", "source", BYTES, "logits equal to the plan applied in memory", "generation",
+    "layout", "config", "strict reload", "source", BYTES, "logits equal to the plan applied in memory", "generation",
 ]  # fmt: skip
 
 
@@ -56,10 +58,10 @@ def test_a_faithful_export_passes_every_check(tmp_path):
     assert all(check.passed for check in checks)
     num_bytes = open_checkpoint(out).num_bytes
     assert checks[1].detail == "7 experts, top-2, under every name that readers look for"
-    assert checks[3].detail == f"{len(open_checkpoint(out).tensors)} tensors, {num_bytes:,} bytes"
-    assert checks[4].detail == "largest difference 0 over 130 tokens"
+    assert checks[4].detail == f"{len(open_checkpoint(out).tensors)} tensors, {num_bytes:,} bytes"
+    assert checks[5].detail == "largest difference 0 over 130 tokens"
     assert checks[0].to_json() == {
-        "name": "strict reload", "passed": True, "detail": "no missing, unexpected or mismatched tensor",
+        "name": "layout", "passed": True, "detail": "every tensor that the config asks for is stored",
     }  # fmt: skip
 
 
@@ -153,18 +155,42 @@ def test_a_stale_count_under_a_name_that_transformers_ignores(tmp_path):
     export_checkpoint(source, plan=plan_for(source, "gpt_oss"), out=tmp_path / "out", quiet=True)
     assert failures(tmp_path / "out") == []
     edit_config(tmp_path / "out", experts_per_token=3)
-    assert failures(tmp_path / "out") == [("config", "experts_per_token is 3, the plan says 2")]
+    ((name, detail),) = failures(tmp_path / "out")
+    assert name == "layout" and "num_experts_per_tok = 2 and experts_per_token = 3 contradict each other" in detail
 
 
-def test_a_missing_tensor(tmp_path):
+@pytest.mark.parametrize("key", ["model.layers.2.mlp.gate.weight", "model.norm.weight"])
+def test_a_missing_tensor(tmp_path, key):
     _, out, _ = exported(tmp_path)
-    key = "model.layers.2.mlp.gate.weight"
     edit_tensors(out, lambda tensors: tensors.pop(key))
     assert failures(out) == [
-        ("strict reload", f"{out}: 1 missing keys while loading: {key} ..."),
-        ("config", "not checked: the model does not load"),
+        ("layout", f"{out}: no stored tensor for {key!r} of the model. Download the checkpoint again."),
         (BYTES, f"{key!r} is missing"),
     ]
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "awq", "bnb-nf4", "modelopt-nvfp4", "ct-nvfp4"])
+def test_experts_that_transformers_cannot_run_are_compared_byte_for_byte(tmp_path, scheme):
+    save_quantised("qwen3_moe", tmp_path / "source", scheme)
+    export_checkpoint(
+        tmp_path / "source", plan=plan_for(tmp_path / "source", "qwen3_moe"), out=tmp_path / "out", quiet=True
+    )
+    checks = verify_checkpoint(tmp_path / "out", quiet=True)
+    assert [check.name for check in checks] == ["layout", "config", "strict reload", "source", BYTES]
+    assert all(check.passed for check in checks)
+    assert checks[2].detail.startswith("not made, nor are logits compared: ")
+    key = next(key for key in open_checkpoint(tmp_path / "out").tensors if "experts.3." in key)
+    flip_byte(tmp_path / "out", key, 0)
+    assert [name for name, _ in failures(tmp_path / "out")] == [BYTES]
+
+
+def test_models_without_room_are_compared_byte_for_byte(tmp_path, monkeypatch):
+    _, out, _ = exported(tmp_path)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 20)
+    checks = verify_checkpoint(out, quiet=True)
+    assert [check.name for check in checks] == ["layout", "config", "strict reload", "source", BYTES]
+    assert all(check.passed for check in checks)
+    assert "nor are logits compared: loading " in checks[2].detail
 
 
 def test_an_extra_tensor(tmp_path):
@@ -247,7 +273,13 @@ def test_without_its_source_it_says_that_nothing_was_compared(tmp_path):
     assert all(check.passed for check in checks)
     detail = f"not made: {source} is not at hand (--against)"
     assert Check("comparison with the source", True, detail) in checks
-    assert [check.name for check in checks] == ["strict reload", "config", "comparison with the source", "generation"]
+    assert [check.name for check in checks] == [
+        "layout",
+        "config",
+        "strict reload",
+        "comparison with the source",
+        "generation",
+    ]
 
 
 def test_a_source_that_moved_is_given_by_against(tmp_path):

@@ -53,9 +53,8 @@ def fits(source: Source, *, device: str = "auto", dtype: str = "auto", sharing: 
     free = available_memory(place)
     where = "memory" if place.type == "cpu" else f"memory of {place}"
     holders = f" by {sharing} processes" if sharing > 1 else ""
-    verdict = "are available" if needed <= free else "are available, so that it runs layer by layer"
     return needed <= free, (
-        f"loading {source.name}{holders} takes {needed / GIB:.1f} GiB of {where}, {free / GIB:.1f} GiB {verdict}"
+        f"loading {source.name}{holders} takes {needed / GIB:.1f} GiB of {where}, {free / GIB:.1f} GiB are available"
     )
 
 

@@ -13,13 +13,10 @@ import torch
 from moeprune.anatomy.source import Source
 from moeprune.checkpoint.classes import model_class, transformers_config
 from moeprune.checkpoint.load import DTYPES
-from moeprune.errors import CheckpointError, MoePruneError, UnsupportedModelError
+from moeprune.errors import CheckpointError, MoePruneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NOT_LOADED = ("no", "attention only")
-GLOBAL_SCALE = ".weight_global_scale"
 
 
 @dataclass(frozen=True)
@@ -84,20 +81,7 @@ def _quantizer(source: Source, config: Any) -> Any:
     quantised = source.quantisation
     if quantised is None:
         return None
-    if quantised.stored.loads in NOT_LOADED:
-        raise UnsupportedModelError(
-            f"{source.path}: its weights are stored as {quantised.title}, which transformers does not dequantise, so "
-            "that its experts cannot be watched. Calibrate the unquantised checkpoint; its statistics are those of "
-            "this one, too, as far as quantisation left the model alone."
-        )
-    scaled_twice = [key for key in source.checkpoint.tensors if "experts." in key and key.endswith(GLOBAL_SCALE)]
-    if scaled_twice:
-        # Seen in transformers 5.23, whose CompressedTensorsDequantize hands the experts' other scales on, not this one.
-        raise UnsupportedModelError(
-            f"{source.path}: stored as {quantised.title}. transformers leaves scales such as {scaled_twice[0]!r} out "
-            "when it dequantises experts, so that their outputs would be wrong by orders of magnitude. Calibrate the "
-            "unquantised checkpoint."
-        )
+    source.check_runs()
     for holder in (config, config.get_text_config(decoder=True)):
         entry = getattr(holder, "quantization_config", None)
         if isinstance(entry, dict):

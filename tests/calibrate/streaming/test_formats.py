@@ -6,7 +6,7 @@ import transformers
 from moeprune.anatomy.source import open_source
 from moeprune.calibrate.streaming.passes import stream_stats
 from moeprune.checkpoint.load import align_memory, load_model
-from moeprune.errors import UnsupportedModelError
+from moeprune.errors import CheckpointError, UnsupportedModelError
 from tests.calibrate.streaming.both import assert_equal_stats, text, whole_stats
 from tests.formats import save_mxfp4, save_quantised
 from tests.models import build, save
@@ -42,6 +42,8 @@ def test_experts_whose_global_scale_transformers_leaves_out_are_refused(tmp_path
     save_quantised("qwen3_moe", tmp_path, "ct-nvfp4")
     with pytest.raises(UnsupportedModelError, match=r"leaves scales such as '.*weight_global_scale' out"):
         stream_stats(open_source(tmp_path), rows=text(), batch_size=2, quiet=True)
+    with pytest.raises(CheckpointError, match=r"leaves scales such as '.*weight_global_scale' out"):
+        load_model(tmp_path)
 
 
 def test_mxfp4(tmp_path):
