@@ -78,6 +78,7 @@ class LayerObserver:
         self._keep = keep
         self._logits = Logits(num_experts)
         self._residual = Residual(model, experts)
+        self._held: dict[str, Tensor] = {}
         self.start()
 
     def start(self) -> None:
@@ -178,22 +179,30 @@ class LayerObserver:
         if self._pending or not self._residual.known:
             self.given -= {TURNED}
 
-    def add_to(self, stats: Stats, *, domain: int, layer: int) -> None:
-        """Add the sums to ``stats``, whose arrays decide what is added."""
+    def add_to(self, stats: Stats, *, domain: int, layer: int, hold: bool) -> None:
+        """Add the sums to ``stats``, whose arrays decide what is added.
+
+        With ``hold``, those over hidden states are added where the layer runs; :meth:`collect` brings them.
+        """
         assert self._sums is not None
         for name, array in self._sums.halved().items():
             self._add_halved(stats, name, array.cpu().numpy(), at=(domain, layer))
         whole = self._sums.whole() | (self._pairs.whole() if self._pairs else {})
         whole |= self._sample.whole() if self._sample else {}
         for name, tensor in whole.items():
-            array, axes = tensor.cpu().numpy(), QUANTITIES[name].axes
-            group = stats.group(name)
+            axes, group = QUANTITIES[name].axes, stats.group(name)
             if name not in self.given or name not in at_level(stats.statistics):
                 continue
             if name not in group:
                 if "hidden" not in axes:
                     continue  # another layer lacks it
-                group[name] = np.zeros((len(stats.model.layers), *array.shape))
+                group[name] = np.zeros((len(stats.model.layers), *tensor.shape))
+            if hold and "hidden" in axes:
+                if name not in self._held:  # the same additions in the same order, also in a run that goes on
+                    self._held[name] = torch.from_numpy(group[name][layer]).to(tensor.device, copy=True)
+                self._held[name] += tensor
+                continue
+            array = tensor.cpu().numpy()
             into = group[name][domain, layer] if "domains" in axes else group[name][layer : layer + 1]
             if "ranks" in axes:
                 array = array[: len(into)]
@@ -202,6 +211,12 @@ class LayerObserver:
                 group[name][domain, layer] += array
             else:
                 into += array
+
+    def collect(self, stats: Stats, *, layer: int) -> None:
+        """Write to ``stats`` the sums that were held."""
+        for name, tensor in self._held.items():
+            if name in stats.group(name):
+                stats.group(name)[name][layer] = tensor.cpu().numpy()
 
     def _add_halved(self, stats: Stats, name: str, array: np.ndarray, *, at: tuple[int, int]) -> None:
         if name not in stats.experts:

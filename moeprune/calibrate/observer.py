@@ -150,8 +150,11 @@ class Observer:
             in_encoder: self._batch(given, numbers) for in_encoder, given in ((False, mask), (True, encoder))
         }
 
-    def finish(self, stats: Stats, *, domain: str, tokens: int) -> None:
+    def finish(self, stats: Stats, *, domain: str, tokens: int, hold: bool = False) -> None:
         """Add the sums since :meth:`start` to ``stats`` under ``domain``; ``tokens`` of text were run.
+
+        With ``hold``, sums over hidden states, the largest by far, stay on the devices of their layers until
+        :meth:`collect`: those of a model with 58 layers, 256 experts and a hidden size of 7168 are 1.7 GB.
 
         A layer that the model did not call, such as the vision experts of a model that was given text alone, adds
         nothing. What a layer turns out not to give is taken out of ``stats``.
@@ -161,20 +164,25 @@ class Observer:
         for index in called:
             self._layers[index].settle()
             self._lacking |= self._names - self._layers[index].given
-        for name in self._lacking:
-            stats.group(name).pop(name, None)
-            stats.halves.pop(name, None)
         if not all(self._layers[index].told_apart for index in called):
             stats.halves.clear()
         at = stats.domains.index(domain)
         for index in called:
-            self._layers[index].add_to(stats, domain=at, layer=index)
+            self._layers[index].add_to(stats, domain=at, layer=index, hold=hold)
+        for name in self._lacking:
+            stats.group(name).pop(name, None)
+            stats.halves.pop(name, None)
         stats.tokens[at] += tokens
         if stats.halves and tokens:
             # Every layer sees every token of its half of the model once: one layer of each speaks for all.
             for place in {self._in_encoder[index]: index for index in called}.values():
                 stats.halves["tokens"][:, at] += self._layers[place].tokens_by_half
         stats.add_up()
+
+    def collect(self, stats: Stats) -> None:
+        """Write to ``stats`` what :meth:`finish` held."""
+        for index, layer in enumerate(self._layers):
+            layer.collect(stats, layer=index)
 
     def _batch(self, mask: Bool[Tensor, "batch length"] | None, rows: Int[Tensor, " batch"] | None) -> Batch:
         if mask is None:

@@ -91,6 +91,7 @@ def collect_stats(
     stop = EarlyStop(model, layers=[layer.name for layer in anatomy.layers])
     with torch.inference_mode(), interruptible() as signals, observer.observing(), stop.watching():
         work.run(stop, signals)
+    observer.collect(work.stats)
     if reservoir is not None:
         reservoir.close()
     stats = ranks.reduce(work.stats)
@@ -103,7 +104,7 @@ class _Pass:
     """One rank's part of the text.
 
     Attributes:
-        stats: Its sums so far, always those of whole batches.
+        stats: Its sums so far, always those of whole batches; some of them lie with the observer until the end.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class _Pass:
             raise  # these sums are not what they should be, or can be had again at once
         except BaseException as error:
             if self._partial is not None and self._done:
-                self._partial.save(self.stats, self._progress())
+                self._save()
             if isinstance(error, Interrupted) and self._partial is not None:
                 error.note = f"{self._partial.folder} holds {self._note()}; the same command goes on from there."
             raise
@@ -159,7 +160,7 @@ class _Pass:
                     if self._stopped is not None:
                         break
         if self._partial is not None and self._ranks.world > 1:
-            self._partial.save(self.stats, self._progress())  # another rank may still fail
+            self._save()  # another rank may still fail
 
     def _one(self, batch: Batch, stop: EarlyStop, signals: Signals, bar: Any) -> None:
         bar.set_postfix_str(batch.domain, refresh=False)
@@ -167,11 +168,16 @@ class _Pass:
         self._observer.start(batch.domain)
         stop.run(lambda: run_decoder(self._model, rows, self._observer, numbers=batch.numbers))
         with signals.held():
-            self._observer.finish(self.stats, domain=batch.domain, tokens=rows.num_tokens)
+            self._observer.finish(self.stats, domain=batch.domain, tokens=rows.num_tokens, hold=True)
             self._done += 1
         bar.update(rows.num_tokens)
         if self._partial is not None and self._partial.is_due:
-            self._partial.save(self.stats, self._progress())
+            self._save()
+
+    def _save(self) -> None:
+        assert self._partial is not None
+        self._observer.collect(self.stats)
+        self._partial.save(self.stats, self._progress())
 
     def _progress(self) -> dict[str, Any]:
         rows = dict.fromkeys(self.stats.domains, 0)
