@@ -169,6 +169,30 @@ class LayerStream:
             name for name, keys in self._shared.items() if keys <= latest and name != f"shared-{position}"
         ]
 
+    def end(self, batch: int, forward: Forward) -> Any:
+        """Run what follows the layers, all of which have been run and kept.
+
+        Args:
+            batch: Number of the batch.
+            forward: Runs the model on it.
+
+        Returns:
+            What ``forward`` returns.
+
+        Raises:
+            UnsupportedModelError: If it was computed from something that is not kept any more.
+        """
+        assert self.schedule is not None
+        returned: list[Any] = []
+        instead = partial(self._instead, len(self.schedule.order), batch)
+        self.replay.run(lambda: returned.append(forward()), wanted=None, instead=instead)
+        if not self._overflowed and reads_placeholder(returned):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads what an early layer returned after its last layer. It cannot be "
+                "streamed; load it as a whole."
+            )
+        return returned[0]
+
     def state(self, position: int) -> dict[str, Any]:
         """What :meth:`restore` needs to go on after ``position``, beside the files of a :class:`DiskShelf`, as JSON."""
         assert self.schedule is not None

@@ -24,7 +24,8 @@ class Schedule:
 
     Attributes:
         order: Their paths in the order of the calls.
-        last_reader: For each position the last position that reads its output; the end is ``len(order)``.
+        last_reader: For each position the last position that reads its output; ``len(order)`` is what follows the
+            layers.
     """
 
     order: tuple[str, ...]
@@ -36,7 +37,7 @@ def look_ahead(replay: Replay, forward: Callable[[], Any], *, template: Any) -> 
 
     Args:
         replay: The model, its layers wrapped.
-        forward: Runs it on a few tokens.
+        forward: Runs it on a few tokens. What is read after the last layer can be seen only if it returns the result.
         template: What its first layer returned for these tokens.
     """
     replay.run(forward, wanted=None, instead=lambda position, args, kwargs: Result(_imitated(template, args, kwargs)))
@@ -52,8 +53,9 @@ def look_ahead(replay: Replay, forward: Callable[[], Any], *, template: Any) -> 
             output = _imitated(template, args, kwargs)
             return Result(mapped(output, poisoned) if position == marked else output)
 
-        replay.run(forward, wanted=None, instead=instead)
-        readers.append(reader)
+        returned: list[Any] = []
+        replay.run(lambda kept=returned: kept.append(forward()), wanted=None, instead=instead)
+        readers.append(len(order) if reads_placeholder(returned) else reader)
     return Schedule(order, tuple(readers))
 
 

@@ -44,18 +44,3 @@ def assert_equal_stats(streamed: Stats, whole: Stats, *, rtol: float = 1e-10) ->
         else:
             atol = rtol * max(1e-30, float(np.abs(array).max(initial=0)))
             np.testing.assert_allclose(found[name], array, rtol=rtol, atol=atol, err_msg=name)
-
-
-def layer_outputs(model: PreTrainedModel, path: str, forwards: Sequence[Any]) -> list[torch.Tensor]:
-    """What the layer at ``path`` of a whole model returns for each batch; of a tuple the first."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        seen.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    hook = model.get_submodule(path).register_forward_hook(keep)
-    with torch.inference_mode():
-        for forward in forwards:
-            forward()
-    hook.remove()
-    return seen

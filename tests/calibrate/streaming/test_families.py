@@ -1,4 +1,4 @@
-"""Every MoE type of the installed transformers, streamed: the statistics and hidden states of the whole model."""
+"""Every MoE type of the installed transformers, streamed: the statistics and logits of the whole model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from moeprune.anatomy.source import Source, open_source
 from moeprune.calibrate.decoder import run_decoder
 from moeprune.calibrate.rows import Rows
 from moeprune.calibrate.streaming.layers import LayerStream
+from moeprune.calibrate.streaming.logits import stream_logits, with_head
 from moeprune.calibrate.streaming.passes import stream_stats
 from moeprune.checkpoint.load import load_model
 from moeprune.errors import UnsupportedModelError
-from tests.calibrate.streaming.both import assert_equal_stats, layer_outputs, text, whole_stats
+from tests.calibrate.streaming.both import VOCAB, assert_equal_stats, text, whole_stats
 from tests.test_families import FAMILIES, build
 
 # The others give no statistics to any pass: tests/calibrate says why.
@@ -58,25 +59,23 @@ def test_streamed_statistics_are_those_of_the_whole_model(case, tmp_path):
         assert not any(tmp_path.iterdir()), "hidden states are deleted when they are not needed any more"
 
 
-def test_streamed_hidden_states_are_those_of_the_whole_model(case):
-    batches = [case.rows[0].select(slice(begin, begin + 2)) for begin in (0, 2, 4)]
-    stream = LayerStream(case.source, dtype="auto", device=torch.device("cpu"))
-    forwards = [partial(run_decoder, stream.model, batch) for batch in batches]
-    with torch.inference_mode(), stream.open():
-        stream.plan(partial(run_decoder, stream.model, case.rows[1].select([0])))
-        assert stream.schedule is not None
-        last = len(stream.schedule.order) - 1
-        for position in range(last + 1):
-            assert list(stream.advance(position, forwards)) == [0, 1, 2]
-            stream.tidy(position)
-        found = [stream.shelf.get(f"output-{last}", at, device=stream.device, last=True) for at in range(3)]
-    assert all(parameter.is_meta for path in stream.paths[:-1] for parameter in of_layer(stream, path))
-    expected = layer_outputs(
-        case.model, stream.schedule.order[last], [partial(run_decoder, case.model, batch) for batch in batches]
-    )
+def test_streamed_logits_are_those_of_the_whole_model(case):
+    batches = [inputs_of(case, begin) for begin in (0, 2, 4)]
+    found = stream_logits(case.source, batches=batches)
+    with torch.inference_mode():
+        expected = [with_head(case.model)(**batch, use_cache=False).logits for batch in batches]
     for one, other in zip(found, expected, strict=True):
-        one = one if isinstance(one, torch.Tensor) else one[0]
+        assert one.shape[-1] >= VOCAB and one.std() > 0.01
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def inputs_of(case: Case, begin: int) -> dict[str, torch.Tensor]:
+    """Two rows of text as arguments of a model."""
+    batch = case.rows[0].select(slice(begin, begin + 2))
+    if case.model.config.is_encoder_decoder:
+        half = batch.ids.shape[1] // 2
+        return {"input_ids": batch.ids[:, :half], "decoder_input_ids": batch.ids[:, half:]}
+    return batch.inputs()
 
 
 def test_which_layers_read_what_an_earlier_one_returned(case):
@@ -93,7 +92,3 @@ def test_a_type_that_gives_no_statistics_is_refused_with_the_reason(name, tmp_pa
     build(name).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"cannot be observed: asked to run expert|denoises a canvas"):
         stream_stats(open_source(tmp_path), rows=text(), batch_size=2, quiet=True)
-
-
-def of_layer(stream: LayerStream, path: str):
-    return () if path == stream._resident else stream.model.get_submodule(path).parameters()
