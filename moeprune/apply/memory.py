@@ -50,25 +50,34 @@ def apply_plan(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> PreTr
 
 def pruned_state(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> dict[str, Tensor]:
     """The state dict of the pruned model: kept slices of the tensors with an expert axis, all others as they are."""
-    keep = plan.keep
-    position = {layer: {expert: new for new, expert in enumerate(ids)} for layer, ids in keep.items()}
-    before = anatomy.num_experts.value
     state = {}
     for name, tensor in model.state_dict().items():
-        axis, own = anatomy.axes.get(name), anatomy.own.get(name)
-        if own is not None:
-            if own.expert in position[own.layer]:
-                state[own.renumbered(position[own.layer][own.expert])] = tensor
-            continue
-        if axis is not None and len(keep[axis.layer]) < before:
-            runs = kept_runs(keep[axis.layer], num_experts=before, rows=axis.rows, extra=axis.extra)
-            tensor = torch.cat([tensor.narrow(axis.dim, start, stop - start) for start, stop in runs], dim=axis.dim)
-        elif name in anatomy.expert_ids:
-            ids = keep[anatomy.expert_ids[name]]
-            table = remap_expert_ids(tensor.cpu().numpy(), keep=ids, num_experts=before, top_k=plan.top_k)
-            tensor = torch.from_numpy(table).to(tensor.device)
-        state[name] = tensor
+        new = pruned_name(name, plan=plan, anatomy=anatomy)
+        if new is not None:
+            state[new] = pruned_tensor(name, tensor, plan=plan, anatomy=anatomy)
     return state
+
+
+def pruned_name(name: str, *, plan: Plan, anatomy: Anatomy) -> str | None:
+    """What a parameter is called in the pruned model; None if it belongs to an expert that goes."""
+    own = anatomy.own.get(name)
+    if own is None:
+        return name
+    kept = plan.keep[own.layer]
+    return own.renumbered(kept.index(own.expert)) if own.expert in kept else None
+
+
+def pruned_tensor(name: str, tensor: Tensor, *, plan: Plan, anatomy: Anatomy) -> Tensor:
+    """What the pruned model has of the original parameter ``name``."""
+    axis, before = anatomy.axes.get(name), anatomy.num_experts.value
+    if axis is not None and len(plan.keep[axis.layer]) < before:
+        runs = kept_runs(plan.keep[axis.layer], num_experts=before, rows=axis.rows, extra=axis.extra)
+        return torch.cat([tensor.narrow(axis.dim, start, stop - start) for start, stop in runs], dim=axis.dim)
+    if name in anatomy.expert_ids:
+        ids = plan.keep[anatomy.expert_ids[name]]
+        table = remap_expert_ids(tensor.cpu().numpy(), keep=ids, num_experts=before, top_k=plan.top_k)
+        return torch.from_numpy(table).to(tensor.device)
+    return tensor
 
 
 def _copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel) -> None:

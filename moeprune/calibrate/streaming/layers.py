@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from moeprune.anatomy.axes import decoder_layer_of
 from moeprune.anatomy.source import Source
 from moeprune.calibrate.streaming.lookahead import Schedule, look_ahead
+from moeprune.calibrate.streaming.planned import PlannedWeights
 from moeprune.calibrate.streaming.replay import Replay, Result, reads_placeholder
 from moeprune.calibrate.streaming.shelf import Shelf, decode, encode
 from moeprune.calibrate.streaming.skeleton import build_skeleton
 from moeprune.calibrate.streaming.tree import is_poisoned, leaves, mapped, poisoned
 from moeprune.calibrate.streaming.weights import Weights, own_names
 from moeprune.errors import UnsupportedModelError
+from moeprune.plan.plan import Plan
 
 Forward = Callable[[], Any]
 
@@ -31,15 +33,20 @@ class LayerStream:
         source: The checkpoint.
         dtype: As :func:`moeprune.calibrate.streaming.skeleton.build_skeleton` takes it.
         device: Where it runs.
+        plan: Applied to the model, which then is the pruned one; without it the model is as stored.
     """
 
-    def __init__(self, source: Source, *, dtype: str, device: torch.device):
+    def __init__(self, source: Source, *, dtype: str, device: torch.device, plan: Plan | None = None):
         skeleton = build_skeleton(source, dtype=dtype, device=device)
+        tensors = source.checkpoint.tensors
+        if plan is None:
+            self.weights = Weights(skeleton, tensors, device=device)
+        else:
+            self.weights = PlannedWeights(skeleton, tensors, device=device, plan=plan, anatomy=source.anatomy)
         self.source = source
-        self.model = skeleton.model
+        self.model = self.weights.model
         self.device = device
         self.dtype = skeleton.dtype
-        self.weights = Weights(skeleton, source.checkpoint.tensors, device=device)
         self.holders = {decoder_layer_of(self.model, layer.experts) for layer in source.anatomy.layers}
         self.paths = streamed_layers(self.model, self.holders)
         self.replay = Replay(self.model, self.paths)

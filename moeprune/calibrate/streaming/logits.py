@@ -14,10 +14,16 @@ from moeprune.anatomy.source import Source
 from moeprune.calibrate.streaming.layers import LayerStream
 from moeprune.calibrate.streaming.memory import check_layers
 from moeprune.checkpoint.load import choose_device
+from moeprune.plan.plan import Plan
 
 
 def stream_logits(
-    source: Source, *, batches: Sequence[Mapping[str, Tensor]], dtype: str = "auto", device: str = "auto"
+    source: Source,
+    *,
+    batches: Sequence[Mapping[str, Tensor]],
+    plan: Plan | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> list[Float[Tensor, "rows tokens vocabulary"]]:
     """What the whole model would give for some batches, with two of its layers in memory at a time.
 
@@ -27,16 +33,18 @@ def stream_logits(
         source: The checkpoint. A quantised one is dequantised layer by layer.
         batches: The model's arguments, such as ``input_ids`` (rows, tokens), int64. The first is also the one by which
             the order of the layers is found: it should be short.
+        plan: Applied to the model before it runs; without it the model is as stored.
         dtype: As what weights are loaded; ``auto`` keeps the stored dtype.
         device: Where layers run.
 
     Raises:
+        PlanError: If the plan does not fit the model.
         CheckpointError: If a parameter is not stored, or has another shape.
         RoomError: If two layers do not fit.
         UnsupportedModelError: If the model cannot be run layer by layer.
     """
     place = torch.device(choose_device(device))
-    stream = LayerStream(source, dtype=dtype, device=place)
+    stream = LayerStream(source, dtype=dtype, device=place, plan=plan)
     forwards = [partial(_logits, stream.model, batch, place) for batch in batches]
     with torch.inference_mode(), stream.open():
         stream.plan(forwards[0])

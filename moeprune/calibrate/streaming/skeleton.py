@@ -16,7 +16,7 @@ from moeprune.checkpoint.load import DTYPES
 from moeprune.errors import CheckpointError, MoePruneError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ def build_skeleton(source: Source, *, dtype: str, device: torch.device) -> Skele
         UnsupportedModelError: If transformers cannot dequantise the checkpoint.
         CheckpointError: If a package that it needs for this is missing.
     """
-    from accelerate import init_empty_weights
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import local_torch_dtype
 
     if dtype not in DTYPES:
         raise MoePruneError(f"unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
@@ -60,19 +58,31 @@ def build_skeleton(source: Source, *, dtype: str, device: torch.device) -> Skele
     with quiet():
         quantizer = _quantizer(source, config)
         chosen = _dtype(source, config, dtype, quantizer)
-        with init_empty_weights(include_buffers=False), local_torch_dtype(chosen):
-            model = model_class(config)._from_config(config, dtype=chosen)
+        model = empty_model(model_class(config), config, dtype=chosen, device=device)
         if quantizer is not None:
             quantizer.preprocess_model(model=model, dtype=chosen, device_map=None, checkpoint_files=[])
-        model.tie_weights()
+            model.tie_weights()
         transforms = get_model_conversion_mapping(model, None, quantizer)
         if quantizer is not None:
             quantizer.postprocess_model(model)
+    return Skeleton(model, chosen, model._get_dtype_plan(chosen), transforms, quantizer)
+
+
+def empty_model(
+    model_type: type[PreTrainedModel], config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A model with its parameters on the meta device and the buffers that its class computes on ``device``."""
+    from accelerate import init_empty_weights
+    from transformers.modeling_utils import local_torch_dtype
+
+    with quiet(), init_empty_weights(include_buffers=False), local_torch_dtype(dtype):
+        model = model_type._from_config(config, dtype=dtype)
+    model.tie_weights()
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    return Skeleton(model.eval(), chosen, model._get_dtype_plan(chosen), transforms, quantizer)
+    return model.eval()
 
 
 def _quantizer(source: Source, config: Any) -> Any:
