@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from tqdm import tqdm
 
 from moeprune.anatomy.roles import AllExperts, ExpertIds, OneExpert, Towers
 from moeprune.anatomy.source import Source, open_source
-from moeprune.calibrate.streaming.memory import fits
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
 from moeprune.checkpoint.load import load_model
 from moeprune.errors import CheckpointError, UnsupportedModelError, VerifyError
+from moeprune.export.behaviour import RELOAD, check_streamed, check_whole, no_room, probes, run_whole
 from moeprune.export.export import MANIFEST
 from moeprune.files import read_json
 from moeprune.plan.plan import Plan
@@ -29,9 +28,6 @@ from moeprune.verified import Check
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-PROBE_LENGTHS = (48, 17)
-NEW_TOKENS = 8
 
 
 def verify_checkpoint(
@@ -63,18 +59,20 @@ def verify_checkpoint(
     except CheckpointError as error:
         return [Check("files", False, str(error))]
     checks = []
+    result: Source | None = None
     pruned: PreTrainedModel | None = None
+    why: str | None = None
     try:
         result = open_source(folder)
         checks.append(Check("layout", True, "every tensor that the config asks for is stored"))
         checks.append(_check_counts(result, plan))
-        if why := _why_not_run(result, source, device):
-            checks.append(Check("strict reload", True, f"not made, nor are logits compared: {why}"))
-        else:
+        if result.why_not_run:
+            checks.append(Check(RELOAD, True, f"not made, nor are logits compared: {result.why_not_run}"))
+        elif (why := no_room(result, source, device=device)) is None:
             pruned = load_model(folder, device=device)
-            checks.append(Check("strict reload", True, "no missing, unexpected or mismatched tensor"))
+            checks.append(Check(RELOAD, True, "no missing, unexpected or mismatched tensor"))
     except (CheckpointError, UnsupportedModelError) as error:
-        checks.append(Check("strict reload" if checks else "layout", False, str(error)))
+        checks.append(Check(RELOAD if checks else "layout", False, str(error)))
     if source is None:
         checks.append(
             Check("comparison with the source", True, f"not made: {plan.model.name} is not at hand (--against)")
@@ -83,10 +81,14 @@ def verify_checkpoint(
         checks.append(_check_fingerprint(source, plan))
         if (source.facts.layers, source.facts.num_experts) == (plan.model.layers, plan.model.num_experts):
             checks.append(_check_tensors(checkpoint, source, plan, quiet))
-    if pruned is not None and all(check.passed for check in checks):
-        outputs = _run(pruned)
+    if result is None or not all(check.passed for check in checks):
+        return checks
+    if pruned is not None:
+        outputs = run_whole(pruned, probes(result))
         del pruned  # there may be room for one model
-        checks += _check_outputs(outputs, source, plan, device)
+        checks += check_whole(outputs, source, plan=plan, device=device)
+    elif why is not None:
+        checks += check_streamed(result, source, plan=plan, device=device, why=why)
     return checks
 
 
@@ -107,16 +109,6 @@ def _source_path(plan: Plan, against: str | Path | None) -> Path | None:
         return resolve_model(against)
     recorded = plan.model.name
     return resolve_model(recorded) if recorded == DEMO or Path(recorded).is_dir() else None
-
-
-def _why_not_run(pruned: Source, source: Source | None, device: str) -> str | None:
-    if pruned.why_not_run:
-        return pruned.why_not_run
-    for model in (source or pruned, pruned):  # one after the other; the source is the larger one
-        room, why = fits(model, device=device)
-        if not room:
-            return why
-    return None
 
 
 def _check_counts(pruned: Source, plan: Plan) -> Check:
@@ -227,50 +219,3 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
         return False
     # As bytes: a NaN equals itself, and 0.0 does not equal -0.0.
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """What the pruned model says to random tokens: ``probes`` (rows, tokens), their logits, and tokens written."""
-
-    probes: list[Tensor]
-    logits: list[Tensor]
-    written: int
-
-
-def _run(pruned: PreTrainedModel) -> _Outputs:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    embedding: Any = pruned.get_input_embeddings()
-    vocab = int(embedding.weight.shape[0])
-    probes = [torch.randint(vocab, (2, length), generator=generator).to(pruned.device) for length in PROBE_LENGTHS]
-    generate: Any = pruned.generate
-    text = generate(probes[0][:1, :8], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return _Outputs(probes, [_logits(pruned, ids) for ids in probes], text.shape[1] - 8)
-
-
-def _check_outputs(outputs: _Outputs, source: Source | None, plan: Plan, device: str) -> list[Check]:
-    from moeprune.apply.memory import apply_plan
-
-    checks = []
-    if not all(bool(logits.isfinite().all()) for logits in outputs.logits):
-        checks.append(Check("finite logits", False, "the pruned model gives NaN or infinity"))
-    if source is not None:
-        original = load_model(source.checkpoint.path, device=device)
-        in_memory = apply_plan(original, plan=plan, anatomy=source.anatomy)
-        worst = max(
-            float((_logits(in_memory, ids).float() - logits.float()).abs().max())
-            for ids, logits in zip(outputs.probes, outputs.logits, strict=True)
-        )
-        detail = f"largest difference {worst:g} over {sum(ids.numel() for ids in outputs.probes)} tokens"
-        checks.append(Check("logits equal to the plan applied in memory", worst == 0, detail))
-    checks.append(Check("generation", outputs.written > 0, f"{outputs.written} tokens"))
-    return checks
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    import torch
-
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeprune.calibrate.streaming import memory
+from moeprune.anatomy.source import open_source
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import PlanError, VerifyError
 from moeprune.export import verify as verify_module
+from moeprune.export.behaviour import check_streamed
 from moeprune.export.export import export_checkpoint
 from moeprune.export.verify import Check, verify_checkpoint
 from moeprune.plan.plan import Plan
@@ -184,13 +185,28 @@ def test_experts_that_transformers_cannot_run_are_compared_byte_for_byte(tmp_pat
     assert [name for name, _ in failures(tmp_path / "out")] == [BYTES]
 
 
-def test_models_without_room_are_compared_byte_for_byte(tmp_path, monkeypatch):
+def test_models_without_room_run_layer_by_layer(tmp_path, monkeypatch):
     _, out, _ = exported(tmp_path)
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(verify_module, "no_room", lambda *sources, device: "too large")
+    monkeypatch.setattr(verify_module, "load_model", None)
     checks = verify_checkpoint(out, quiet=True)
-    assert [check.name for check in checks] == ["layout", "config", "strict reload", "source", BYTES]
+    assert [(check.name, check.detail) for check in checks[4:]] == [
+        ("strict reload", "layer by layer: too large"),
+        ("logits equal to the plan applied in memory", "largest difference 0 over 130 tokens"),
+    ]
     assert all(check.passed for check in checks)
-    assert "nor are logits compared: loading " in checks[2].detail
+    other = plan_for(tmp_path / "source", "qwen3_moe", seed=1)
+    found, source = open_source(out), open_source(tmp_path / "source")
+    reload, compared = check_streamed(found, source, plan=other, device="cpu", why="too large")
+    assert reload.passed and not compared.passed
+
+
+def test_a_file_that_ends_early_is_found_layer_by_layer(tmp_path):
+    _, out, plan = exported(tmp_path)
+    result = open_source(out)
+    edit_tensors(out, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    (check,) = check_streamed(result, None, plan=plan, device="cpu", why="too large")
+    assert (check.name, check.passed) == ("strict reload", False) and "model.safetensors: ends inside" in check.detail
 
 
 def test_an_extra_tensor(tmp_path):
