@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
 from moeprune.anatomy.formats import FLOAT_DTYPES, SHARED_BY_ALL, Companion, StoredFormat
+from moeprune.anatomy.quantization import WAY_OUT
 from moeprune.errors import CheckpointError, UnsupportedModelError
 
 WEIGHT = "weight"
+# GPTQ and AWQ store the transposed weight, so that a router's experts are packed columns, and a shape is no list of
+# experts. Their first axis may still be as long as there are experts.
+NEVER_BY_EXPERT = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_g_idx", "weight_shape"})
 
 
 class ExpertPart(NamedTuple):
@@ -43,16 +48,18 @@ def expert_dim(key: str, *, shape: tuple[int, ...], companion: Companion, num_ex
     Raises:
         UnsupportedModelError: If it is neither, so that nothing says which of its values belong to which expert.
     """
+    if companion.part in NEVER_BY_EXPERT:
+        raise UnsupportedModelError(
+            f"{key!r} is part of a quantised router, or of all experts quantised as one tensor, in a format that does "
+            f"not keep the experts apart. {WAY_OUT}"
+        )
     if shape and shape[0] == num_experts:
         return 0
-    elements = 1
-    for size in shape:
-        elements *= size
-    if elements == SHARED_BY_ALL and not companion.holds_weight:
+    if prod(shape) == SHARED_BY_ALL and not companion.holds_weight:
         return None
     raise UnsupportedModelError(
         f"{key!r} is stored as {list(shape)}: expected {num_experts} experts on the first axis, or one number that all "
-        "experts share. This layout is not supported."
+        f"experts share. {WAY_OUT}"
     )
 
 

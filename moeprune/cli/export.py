@@ -102,4 +102,8 @@ def _lines(summary: ExportSummary, *, dry_run: bool) -> list[str]:
             lines.append(f"  download   {size(summary.to_download)}")
     if summary.finished:
         lines.append(f"  finished   {len(summary.finished)} of {len(files)} file(s), by an earlier attempt")
+    if summary.discarded:
+        lines.append(
+            f"  discarded  {size(summary.discarded)} of an earlier attempt with another plan, source or options"
+        )
     return lines

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from tqdm import tqdm
 from moeprune import __version__
 from moeprune.checkpoint.folder import INDEX_NAME
 from moeprune.checkpoint.hub import quiet_downloads
+from moeprune.errors import ExportError, MoePruneError
 from moeprune.export.card import read_card, write_card
 from moeprune.export.fetch import DOWNLOADS, HubSources
 from moeprune.export.journal import JOURNAL, Journal, clear, locked
@@ -61,39 +64,51 @@ def export_checkpoint(
     Raises:
         PlanError: If the plan does not fit the model.
         CheckpointError: If the source is incomplete or damaged, or a router holds NaN, or there is no such model.
-        ExportError: If ``out`` exists, a disk is too small, or the source's model card cannot be read.
+        ExportError: If ``out`` exists or cannot be made, a disk is too small or fails, or the source's model card
+            cannot be read.
     """
     jobs = default_jobs() if jobs is None else max(1, jobs)
     max_bytes = None if max_shard_size is None else parse_size(max_shard_size)
-    job = prepare(
-        model, plan=plan, out=out, force=force, max_bytes=max_bytes, jobs=jobs, keep_source=keep_source
-    )  # fmt: skip
-    source_card = read_card(job.source.path / "README.md")
-    if dry_run:
-        return job.summary
-    partial = job.partial
-    partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial):
-        journal = _write_weights(job, jobs=jobs, link=link, keep_source=keep_source, quiet=quiet)
-        copy_other_files(job.source.path, partial)
-        write_card(
-            partial / "README.md", plan=plan, sizes=job.summary.sizes, source_card=source_card,
-            name=name or out.name, version=__version__,
-        )  # fmt: skip
-        origin = {"repo": job.located.repo, "commit": job.located.commit} if job.located.repo else {}
-        record = manifest(job.source.checkpoint, plan, job.summary.sizes, origin=origin, files=journal.finished)
-        write_json(partial / MANIFEST, record)
-        for file, text in job.configs.items():  # config.json last: without it the folder is not a checkpoint
-            write_json(partial / file, text, allow_nan=True)  # Nemotron-H's config has an Infinity
-        put_in_place(partial, out)
-        (out / JOURNAL).unlink()
+    with _disk_errors(out):
+        job = prepare(
+            model, plan=plan, out=out, force=force, max_bytes=max_bytes, jobs=jobs, link=link, keep_source=keep_source
+        )
+        source_card = read_card(job.source.path / "README.md")
+        if dry_run:
+            return job.summary
+        partial = job.partial
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            journal = _write_weights(job, jobs=jobs, link=link, keep_source=keep_source, quiet=quiet)
+            copy_other_files(job.source.path, partial)
+            write_card(
+                partial / "README.md", plan=plan, sizes=job.summary.sizes, source_card=source_card,
+                name=name or out.resolve().name, version=__version__,
+            )  # fmt: skip
+            origin = {"repo": job.located.repo, "commit": job.located.commit} if job.located.repo else {}
+            record = manifest(job.source.checkpoint, plan, job.summary.sizes, origin=origin, files=journal.finished)
+            write_json(partial / MANIFEST, record)
+            for file, text in job.configs.items():  # config.json last: without it the folder is not a checkpoint
+                write_json(partial / file, text, allow_nan=True)  # Nemotron-H's config has an Infinity
+            put_in_place(partial, out)
     return job.summary
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Tell what the system refuses (permission, space, names) as what it is to the user."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MoePruneError):
+            raise
+        raise ExportError(f"{error.filename or out}: {error.strerror or error}.") from error
 
 
 def _write_weights(job: Job, *, jobs: int, link: bool, keep_source: bool, quiet: bool) -> Journal:
     partial, index = job.partial, job.source.path / INDEX_NAME
-    clear(partial, keep=[] if job.earlier is None else [JOURNAL, DOWNLOADS, *job.earlier])
-    journal = Journal(partial, job=job.key, finished=job.earlier)
+    journal = Journal(partial, job=job.key, finished=job.earlier)  # first: with it the folder is known as an export's
+    clear(partial, keep=[JOURNAL] if job.earlier is None else [JOURNAL, DOWNLOADS, *job.earlier])
     sources = HubSources(
         job.located,
         shards=job.unfinished,

@@ -55,8 +55,8 @@ class Journal:
         write_json(self._path, {"format": FORMAT, "job": self._job, "shards": self.finished})
 
 
-def job_of(checkpoint: Checkpoint, *, plan: Plan, shards: Iterable[Shard], commit: str | None) -> str:
-    """Hash of everything that the bytes of the shards depend on.
+def job_of(checkpoint: Checkpoint, *, plan: Plan, shards: Iterable[Shard], commit: str | None, link: bool) -> str:
+    """Hash of everything that the bytes of the shards depend on, and of whether they may be links.
 
     The source's files count with size and time of change, because its fingerprint samples their data only; those of a
     commit on the Hub cannot change.
@@ -65,6 +65,7 @@ def job_of(checkpoint: Checkpoint, *, plan: Plan, shards: Iterable[Shard], commi
     return sha256_json({
         "moeprune": __version__,
         "plan": plan.sha256,
+        "link": link,
         "source": commit or [str(checkpoint.path.resolve()), files],
         "shards": [
             [shard.name, hashlib.sha256(shard.header).hexdigest(), shard.num_bytes, [file.name for file in shard.files]]
@@ -100,8 +101,7 @@ def read_finished(folder: Path, *, job: str, shards: Sequence[Shard]) -> dict[st
 
 
 def clear(folder: Path, *, keep: Iterable[str]) -> None:
-    """Make the folder, and delete everything in it but ``keep``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Delete everything in a folder but ``keep``."""
     kept = set(keep)
     for path in folder.iterdir():
         if path.name in kept:

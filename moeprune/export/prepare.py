@@ -20,7 +20,7 @@ from moeprune.export.quantization_config import remapped_configs
 from moeprune.export.routers import router_dims
 from moeprune.export.slices import plan_outputs
 from moeprune.export.summary import ExportSummary, pruned_before, summarise
-from moeprune.export.target import bytes_to_store, check_space, check_target
+from moeprune.export.target import bytes_to_store, check_space, check_target, partial_of
 from moeprune.plan.plan import Plan
 
 
@@ -72,6 +72,7 @@ class Job:
             self.shards,
             out=self.out,
             finished=self.earlier or {},
+            discarded=0 if self.earlier is not None else _bytes_of_shards(self.partial),
             to_download=sum(self.to_download.values()),
         )
 
@@ -102,13 +103,16 @@ class Job:
         check_finite(here, expert_dims={key: self.routers[key] for key in here})
 
 
-def partial_of(out: Path) -> Path:
-    """The folder in which ``out`` is made."""
-    return out.with_name(f"{out.name}.partial")
-
-
 def prepare(
-    model: str | Path, *, plan: Plan, out: Path, force: bool, max_bytes: int | None, jobs: int, keep_source: bool
+    model: str | Path,
+    *,
+    plan: Plan,
+    out: Path,
+    force: bool,
+    max_bytes: int | None,
+    jobs: int,
+    link: bool,
+    keep_source: bool,
 ) -> Job:
     """Decide what goes where, and refuse what cannot be done.
 
@@ -119,6 +123,7 @@ def prepare(
         force: Whether ``out`` may exist.
         max_bytes: Largest safetensors file.
         jobs: Shards written at once.
+        link: Whether files that stay as they are become hard links.
         keep_source: Whether downloads stay.
 
     Raises:
@@ -139,24 +144,28 @@ def prepare(
     written = (tensor for shard in shards for tensor in shard.tensors)
     configs = remapped_configs(pruned_config(source, plan), source=source, plan=plan, outputs=written)
     check_target(out, source=checkpoint.path, force=force)
-    key = job_of(checkpoint, plan=plan, shards=shards, commit=located.commit)
+    key = job_of(checkpoint, plan=plan, shards=shards, commit=located.commit, link=link)
     earlier = read_finished(partial_of(out), job=key, shards=shards)
     job = Job(source, located, plan, out, shards, configs, key, earlier)
-    _check_room(job, jobs=jobs, keep_source=keep_source)
+    _check_room(job, jobs=jobs, link=link, keep_source=keep_source)
     pruned_before(checkpoint)  # goes into the manifest: refused now rather than in the last step
     job.check_values()
     return job
 
 
-def _check_room(job: Job, *, jobs: int, keep_source: bool) -> None:
+def _check_room(job: Job, *, jobs: int, link: bool, keep_source: bool) -> None:
     downloads = job.to_download
-    needed = bytes_to_store(job.unfinished, missing=job.located.missing)
+    needed = bytes_to_store(job.unfinished, missing=job.located.missing, linked_in=job.out if link else None)
     if not keep_source:
         of_one = (sum(downloads.get(file.name, 0) for file in shard.files) for shard in job.unfinished)
         needed += min(sum(downloads.values()), jobs * max(of_one, default=0))
     check_space(job.out, needed, partial=job.partial, keep=job.earlier or {})
     if keep_source and downloads:
         check_cache_space(sum(downloads.values()), beside=needed, out=job.out)
+
+
+def _bytes_of_shards(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def pruned_config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class ExportSummary:
         bytes_dropped: Bytes of the source that are left out, of sliced tensors and of dropped ones.
         files: Bytes of each safetensors file by name.
         finished: Those of them that an earlier, killed attempt has finished.
+        discarded: Bytes that an earlier attempt left and that are of no use, since its plan, source or options differ.
         to_download: Bytes of source files that are not here yet.
         sizes: Bytes and parameters before and after.
     """
@@ -48,6 +49,7 @@ class ExportSummary:
     bytes_dropped: int
     files: dict[str, int]
     finished: tuple[str, ...]
+    discarded: int
     to_download: int
     sizes: PrunedSizes
 
@@ -68,6 +70,7 @@ def summarise(
     *,
     out: Path,
     finished: Collection[str],
+    discarded: int,
     to_download: int,
 ) -> ExportSummary:
     """Count what an export writes.
@@ -78,6 +81,7 @@ def summarise(
         shards: The files to write.
         out: The folder to make.
         finished: Names of files that are there already.
+        discarded: Bytes of an earlier attempt that are of no use.
         to_download: Bytes of source files that are not here yet.
     """
     count: Counter[str] = Counter()
@@ -98,6 +102,7 @@ def summarise(
         bytes_dropped=source.checkpoint.num_bytes - num_bytes.total(),
         files={shard.name: shard.num_bytes for shard in shards},
         finished=tuple(sorted(finished)),
+        discarded=discarded,
         to_download=to_download,
         sizes=replace(
             pruned_sizes(sizes, num_experts=plan.num_experts, top_k=plan.top_k),

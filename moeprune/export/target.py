@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moeprune.checkpoint.folder import INDEX_NAME
 from moeprune.errors import ExportError
 from moeprune.export.copying import is_sparse, segments
+from moeprune.export.journal import JOURNAL, clear
 from moeprune.export.layout import Shard, bytes_by_source
 from moeprune.format import size
 
@@ -18,23 +20,47 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 WRITTEN_HERE = {"config.json", "README.md", INDEX_NAME, MANIFEST}
 
 
+def partial_of(out: Path) -> Path:
+    """The folder in which ``out`` is made; where ``out`` is a link, beside the folder that it leads to."""
+    resolved = out.resolve()
+    return resolved.with_name(f"{resolved.name}.partial")
+
+
 def check_target(out: Path, *, source: Path, force: bool) -> None:
     """Refuse to overwrite anything that was not asked for.
 
     Raises:
-        ExportError: If ``out`` exists without ``force``, or is not an export, or holds the source.
+        ExportError: If ``out`` exists without ``force``, or is not an export, or holds the source or the current
+            folder, or cannot be made, or if something else is where an export works.
     """
     resolved = out.resolve()
+    parent = existing_parent(resolved.parent)
     if source.resolve().is_relative_to(resolved) or resolved.is_relative_to(source.resolve()):
         raise ExportError(f"{out}: lies in or around the source {source}. Choose another folder.")
-    if not out.exists():
-        return
-    if not force:
-        raise ExportError(f"{out}: exists. Choose another folder, or replace it with --force.")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise ExportError(
-            f"{out}: --force replaces only checkpoints that moeprune wrote, and this is not one. Delete it."
-        )
+    if Path.cwd().is_relative_to(resolved):
+        raise ExportError(f"{out}: is the current folder or around it. Choose another folder.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(f"{out}: cannot be made, since {parent} is no folder that may be written to. Choose another.")
+    if out.exists():
+        if not force:
+            raise ExportError(f"{out}: exists. Choose another folder, or replace it with --force.")
+        if not _is_empty_or_marked(out, MANIFEST):
+            raise ExportError(
+                f"{out}: --force replaces only checkpoints that moeprune wrote, and this is not one. Delete it."
+            )
+    for path, mark in ((partial_of(out), JOURNAL), (_replaced_of(out), MANIFEST)):
+        if os.path.lexists(path) and (path.is_symlink() or not _is_empty_or_marked(path, mark)):
+            raise ExportError(
+                f"{path}: an export to {out} works there, and this is something else. Rename or delete it."
+            )
+
+
+def _is_empty_or_marked(folder: Path, mark: str) -> bool:
+    """Whether it is a folder that an export left: with the file ``mark``, or with one that was to become it."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    return not names or any(mark in name for name in names)
 
 
 def other_files(folder: Path) -> Iterator[Path]:
@@ -62,15 +88,22 @@ def copy_other_files(source: Path, target: Path) -> None:
         shutil.copy2(source / relative, target / relative)
 
 
-def bytes_to_store(shards: Iterable[Shard], *, missing: Collection[str] = ()) -> int:
+def bytes_to_store(shards: Iterable[Shard], *, missing: Collection[str] = (), linked_in: Path | None = None) -> int:
     """Bytes of tensors that files will take on disk: what the source does not store, the target will not either.
 
     Args:
         shards: The files.
         missing: Names of source files that are not here yet.
+        linked_in: Where the files go, if those that stay as they are become hard links, which take no room.
     """
+    device = None if linked_in is None else existing_parent(linked_in).stat().st_dev
+    copied = [
+        shard
+        for shard in shards
+        if shard.untouched is None or shard.untouched.name in missing or shard.untouched.stat().st_dev != device
+    ]
     total = 0
-    for file, wanted in bytes_by_source(shards).items():
+    for file, wanted in bytes_by_source(copied).items():
         sparse = file.name not in missing and is_sparse(file.stat())
         total += min(wanted, _stored(file)) if sparse else wanted
     return total
@@ -104,12 +137,26 @@ def existing_parent(path: Path) -> Path:
 
 def put_in_place(partial: Path, out: Path) -> None:
     """Rename the complete folder to its name; what was there is deleted last."""
-    replaced = out.with_name(f"{out.name}.replaced")
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
+    target, replaced = out.resolve(), _replaced_of(out)
+    if target.exists():
+        _delete(replaced)
+        target.rename(replaced)
+    partial.rename(target)
+    (target / JOURNAL).unlink()
+    _delete(replaced)
+
+
+def _replaced_of(out: Path) -> Path:
+    """Where what ``out`` was is kept until its successor is in place."""
+    resolved = out.resolve()
+    return resolved.with_name(f"{resolved.name}.replaced")
+
+
+def _delete(replaced: Path) -> None:
+    """Delete a replaced export, its manifest last: until then the next export knows it as one."""
+    with suppress(OSError):  # missing, or in use on a network file system: the next export tries again
+        clear(replaced, keep=[MANIFEST])
+        shutil.rmtree(replaced)
 
 
 def _stored(file: Path) -> int:

@@ -88,6 +88,19 @@ def test_packed_weights_are_never_shared_by_all_experts():
         expert_dim("x_blocks", shape=(1,), companion=Companion("x", "weight_blocks", True), num_experts=10)
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "shape"),
+    [
+        ("gptq", "qweight", (16, 128)), ("gptq", "scales", (16, 128)), ("gptq", "g_idx", (16,)),
+        ("awq", "qzeros", (16, 2)), ("compressed-tensors", "weight_shape", (2,)),
+    ],
+)  # fmt: skip
+def test_a_quantised_router_whose_input_axis_is_as_long_as_there_are_experts_is_not_cut_along_it(name, part, shape):
+    companion = FORMATS[name].companion(f"model.layers.0.mlp.gate.{part}")
+    with pytest.raises(UnsupportedModelError, match=r"does not keep the experts apart\. Prune the unquantised"):
+        expert_dim("x", shape=shape, companion=companion, num_experts=shape[0])
+
+
 def parts_of(scheme: str, *, experts: int = 4, weight: str = "experts.*.up_proj.weight") -> list[ExpertPart]:
     encoded = SCHEMES[scheme].encode(torch.randn(16, 32))
     names = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}

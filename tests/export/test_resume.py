@@ -164,6 +164,14 @@ def test_leftovers_of_another_plan_are_not_mixed_in(tmp_path, out, source, plan)
     assert all(check.passed for check in verify_checkpoint(out, plan=other, quiet=True))
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_leftovers_that_are_of_no_use_are_counted(tmp_path, out, source, plan, dry_run):
+    left = sum(path.stat().st_size for path in (tmp_path / "out.partial").glob("*.safetensors"))
+    options = {"out": out, "quiet": True, "dry_run": dry_run}
+    assert export_checkpoint(source, plan=plan_for(source, "mixtral", seed=1), **options).discarded == left > 0
+    assert export_checkpoint(source, plan=plan, **options, force=True).discarded == 0
+
+
 def test_leftovers_of_other_options_are_not_mixed_in(out, source, plan):
     export(source, plan, out, max_shard_size="20KB")
     assert all(check.passed for check in verify_checkpoint(out, quiet=True))
@@ -198,6 +206,7 @@ def test_two_exports_into_one_folder(tmp_path, source, plan):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     partial.mkdir()
     (partial / "half.safetensors").write_bytes(b"of the other")
+    (partial / JOURNAL).write_text("{}")
     with locked(partial), pytest.raises(ExportError) as error:
         export(source, plan, out)
     assert str(error.value) == f"{partial}: another export writes there. Wait for it, or choose another --out."
