@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeprune.anatomy.sizes import measure_sizes
+from moeprune.anatomy.source import open_source
 from moeprune.demo import MODEL_DIR
 from moeprune.demo.ngram import RESULT as NGRAM
 from moeprune.demo.ngram import heldout_texts
@@ -32,13 +34,15 @@ PROMPTS = {
 
 def sizes(folder):
     """Parameters, parameters active for a token, and bytes of the files in a checkpoint folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    config = model.config
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    active = total - experts + experts * config.num_experts_per_tok // config.num_experts
+    source = open_source(folder)
+    found = measure_sizes(source.anatomy, source.checkpoint.tensors)
     files = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()}
-    return {"parameters": total, "active_parameters": active, "bytes": sum(files.values()), "files": files}
+    return {
+        "parameters": found.total(),
+        "active_parameters": found.active(),
+        "bytes": sum(files.values()),
+        "files": files,
+    }
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moeprune.format import percent
 from moeprune.report.comparison import (
     SURE,
     Family,
@@ -21,7 +22,6 @@ from moeprune.report.comparison import (
 )
 from moeprune.report.facts import Facts, Variant
 from moeprune.report.metrics import Kind, is_share, metric_label, unit_of, write_change, write_error
-from moeprune.report.quantities import write_percent
 
 CLIFF_FACTOR = 2.0
 """A cliff is at least this many times the mean of the other domains..."""
@@ -73,7 +73,7 @@ def size_words(facts: Facts, variant: Variant) -> str:
 
 def cost_words(facts: Facts, variant: Variant) -> str:
     """``73 % of the bytes, 70 % of the active parameters``."""
-    stored, active = write_percent(byte_share(facts, variant)), write_percent(active_share(facts, variant))
+    stored, active = percent(byte_share(facts, variant)), percent(active_share(facts, variant))
     return f"{stored} of the bytes, {active} of the active parameters"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from moeprune.format import count, duration
 from moeprune.report.comparison import scores
 from moeprune.report.facts import Facts
 from moeprune.report.findings import cards, cliff_summary, cliffs, cost_words, join_words, resolution, verdict
-from moeprune.report.quantities import write_count, write_seconds
 from moeprune.report.tables import (
     Cell,
     Column,
@@ -123,8 +123,8 @@ def _model(facts: Facts) -> list[str]:
     described = f"{model.source or model.name} ({', '.join(word for word in words if word)})."
     parts = ["## Model and calibration", escape(described)]
     if facts.calibration is not None:
-        took = f" in {write_seconds(facts.calibration.seconds)}" if facts.calibration.seconds is not None else ""
-        parts.append(f"Calibrated on {write_count(facts.calibration.tokens)} tokens{took}.")
+        took = f" in {duration(facts.calibration.seconds)}" if facts.calibration.seconds is not None else ""
+        parts.append(f"Calibrated on {count(facts.calibration.tokens)} tokens{took}.")
     table = calibration_table(facts)
     return [*parts, *([render(table)] if table else [])]
 

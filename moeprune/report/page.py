@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from moeprune.format import count, duration, percent
 from moeprune.report.comparison import families, scores
 from moeprune.report.facts import Facts
 from moeprune.report.findings import cards, cliff_summary, cliffs, resolution, verdict
 from moeprune.report.metrics import Kind
 from moeprune.report.palette import DARK, LIGHT, css_variables
 from moeprune.report.plots.figure import Plot
-from moeprune.report.quantities import write_count, write_percent, write_seconds
 from moeprune.report.tables import (
     Table,
     calibration_table,
@@ -79,7 +79,7 @@ def _environment(facts: Facts) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(minus=minus, spans=spans, percent=write_percent, count=write_count, time=write_seconds)
+    environment.filters.update(minus=minus, spans=spans, percent=percent, count=count, time=duration)
     environment.filters["sentence"] = sentence_filter(facts)
     return environment
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from moeprune.format import byte_unit, count, duration, percent, size, speed
 from moeprune.report.comparison import (
     Family,
     Score,
@@ -17,7 +18,6 @@ from moeprune.report.comparison import (
 from moeprune.report.facts import Facts, Spread, Variant
 from moeprune.report.findings import tone
 from moeprune.report.metrics import Kind, unit_of, write_change, write_error, write_value
-from moeprune.report.quantities import byte_unit, write_bytes, write_count, write_percent, write_seconds, write_speed
 
 MARK = "*"
 _MANY_DOMAINS = 10
@@ -71,9 +71,9 @@ def main_table(facts: Facts) -> Table:
         row = [Cell(variant.name, sub="original" if variant.name == facts.baseline != "original" else "")]
         row += [Cell(str(variant.num_experts)), Cell(str(variant.top_k))]
         row += [
-            Cell(write_count(variant.parameters), write_percent(variant.parameters / facts.original.parameters)),
-            Cell(write_count(variant.active_parameters), write_percent(active_share(facts, variant))),
-            Cell(write_bytes(variant.bytes, unit), write_percent(byte_share(facts, variant))),
+            Cell(count(variant.parameters), percent(variant.parameters / facts.original.parameters)),
+            Cell(count(variant.active_parameters), percent(active_share(facts, variant))),
+            Cell(size(variant.bytes, unit), percent(byte_share(facts, variant))),
         ]
         row += [score_cell(facts, variant, score, score.name) for score in scores(facts)]
         if speeds:
@@ -129,10 +129,10 @@ def main_notes(facts: Facts) -> list[str]:
     notes.append("Active parameters are those read for one token.")
     loads = {}
     for variant in facts.variants:
-        if (speed := variant.throughput) is not None:
+        if (timed := variant.throughput) is not None:
             loads[
-                f"{speed.engine} on {speed.device}, {speed.dtype}, batch {speed.batch}, "
-                f"{speed.prompt_tokens} prompt and {speed.new_tokens} new tokens"
+                f"{timed.engine} on {timed.device}, {timed.dtype}, batch {timed.batch}, "
+                f"{timed.prompt_tokens} prompt and {timed.new_tokens} new tokens"
             ] = None
     if loads:
         notes.append(f"{speed_heading(facts)}; median (lowest to highest); {'; '.join(loads)}.")
@@ -194,8 +194,8 @@ def calibration_table(facts: Facts) -> Table | None:
     if facts.calibration is None or not facts.calibration.domains:
         return None
     rows = [
-        [Cell(name), Cell(f"{count:,}"), Cell(write_percent(count / max(facts.calibration.tokens, 1)))]
-        for name, count in facts.calibration.domains.items()
+        [Cell(name), Cell(f"{tokens:,}"), Cell(percent(tokens / max(facts.calibration.tokens, 1)))]
+        for name, tokens in facts.calibration.domains.items()
     ]
     return Table("Calibration", [Column("domain", numeric=False), Column("tokens"), Column("share")], rows)
 
@@ -217,15 +217,15 @@ def environment_table(facts: Facts) -> Table | None:
 
 def seconds_table(facts: Facts) -> Table | None:
     """How long each stage took."""
-    times = {name.replace("_", " "): write_seconds(value) for name, value in facts.seconds.items()}
+    times = {name.replace("_", " "): duration(value) for name, value in facts.seconds.items()}
     return pairs_table("Time taken", ("stage", "time"), times)
 
 
 def _speed_cell(spread: Spread | None) -> Cell:
     if spread is None:
         return Cell("")
-    span = f"{write_speed(spread.min)} to {write_speed(spread.max)}" if spread.n > 1 else ""
-    return Cell(write_speed(spread.median), span, note=f"{spread.n} runs")
+    span = f"{speed(spread.min)} to {speed(spread.max)}" if spread.n > 1 else ""
+    return Cell(speed(spread.median), span, note=f"{spread.n} runs")
 
 
 def _items(n: int | None) -> str:

@@ -32,7 +32,7 @@ def test_deepseek_v3_on_paper(tmp_path):
         "router": "sigmoid, renormalised, correction bias, 4 of 8 groups, weights x 2.5",
         "context": "163,840 tokens",
         "parameters": "671 B, 37.6 B active a token (927 M of them the input embedding)",
-        "stored": "627 GiB, 42 MiB an expert  (from the config; no weights here)",
+        "stored": "627 GiB, 42.0 MiB an expert  (from the config; no weights here)",
         "quantised": "FP8 block 128x128",
         "prediction": "1 multi-token prediction layer, not among the parameters",
     }

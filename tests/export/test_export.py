@@ -444,7 +444,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(9, 9, 2048))
     needed = 4 * (2 * (4 * 3 * 32 * 24 + 4 * 32) + 2 * 97 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 32) + 32)
-    assert refusal(source, out) == f"{out}: needs {needed / 1024:.3g} KiB, only 2 KiB are free on that disk."
+    assert refusal(source, out) == f"{out}: needs {needed / 1024:.3g} KiB, only 2.00 KiB are free on that disk."
     assert asked == [tmp_path]
     assert not out.parent.exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, needed))

@@ -8,7 +8,6 @@ from moeprune.report.comparison import best_at_each_size, difference, families, 
 from moeprune.report.facts import read_facts
 from moeprune.report.findings import cards, cliff_summary, cliffs, join_words, resolution, verdict
 from moeprune.report.metrics import Kind, score_label, write_change, write_value
-from moeprune.report.quantities import write_bytes, write_count, write_percent, write_seconds, write_speed
 
 ONE_CUT = {"reap-75": (0.75, 8, "reap", 0.012)}
 
@@ -179,11 +178,4 @@ def test_numbers_as_text():
     assert write_change(-0.012, "exact_match,strict-match") == "-1.2"
     assert write_change(-0.0001, "acc") == "+0.0"
     assert score_label("gsm8k", "exact_match,flexible-extract") == "GSM8K exact match"
-    assert write_count(30_532_122_624) == "30.5 B"
-    assert write_bytes(61_064_245_248, (2**30, "GiB")) == "56.9 GiB"
-    assert write_percent(0.7349) == "73 %"
-    assert write_percent(0.9951) == "99.5 %"
-    assert write_seconds(725) == "12 min 5 s"
-    assert write_seconds(7800) == "2 h 10 min"
-    assert write_speed(1234.4) == "1\N{NARROW NO-BREAK SPACE}234"
     assert join_words(["a", "b", "c"]) == "a, b and c"

@@ -10,7 +10,9 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap,
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from moeprune.report.facts import RouterFacts
 from moeprune.report.palette import LIGHT
+from moeprune.report.plots.arrays import by_load, layer_numbers
 from moeprune.report.plots.figure import add_axes, points
 
 WIDTH = 1080
@@ -49,6 +51,34 @@ def draw(axes: Axes, values: Float[np.ndarray, "rows experts"], *, colours: Colo
         for row in range(1, rows):
             axes.axhline(row - 0.5, color=LIGHT["paper"], linewidth=points(2))
     return image
+
+
+def draw_layers(
+    figure: Figure,
+    values: Float[np.ndarray, "layers experts"],
+    *,
+    router: RouterFacts,
+    top: float,
+    height: float,
+    norm: Normalize,
+) -> tuple[Axes, AxesImage]:
+    """A panel of layers by experts, those of a layer in the order of their load before pruning.
+
+    Args:
+        figure: Where to draw it.
+        values: Any value of each expert; NaN stays blank.
+        router: Loads and names of the layers.
+        top: Pixels above it.
+        height: Its own pixels.
+        norm: The scale of its colours.
+    """
+    bottom = figure.get_size_inches()[1] * 96.0 - top - height
+    axes = add_axes(figure, left=LEFT, right=RIGHT + 36, top=top, bottom=bottom)
+    ordered = np.take_along_axis(values, by_load(np.array(router.load)), axis=1)
+    image = draw(axes, ordered, colours=sequential(), norm=norm)
+    label_rows(axes, layer_numbers(router.layers), what="layer")
+    axes.set_xlabel("experts of a layer, ordered by their load before pruning")
+    return axes, image
 
 
 def mark_cells(axes: Axes, marked: Bool[np.ndarray, "rows experts"]) -> None:

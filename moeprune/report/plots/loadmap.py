@@ -8,21 +8,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from moeprune.format import percent
 from moeprune.report.facts import Facts, RouterFacts
-from moeprune.report.plots.arrays import by_load, kept_mask, layer_numbers, load_after, shown_plans
-from moeprune.report.plots.figure import Plot, add_axes, drawing, new_figure, to_svg
-from moeprune.report.plots.heatmap import (
-    LEFT,
-    RIGHT,
-    WIDTH,
-    colour_bar,
-    draw,
-    label_rows,
-    row_height,
-    sequential,
-    times,
-)
-from moeprune.report.quantities import write_percent
+from moeprune.report.plots.arrays import kept_mask, load_after, shown_plans
+from moeprune.report.plots.figure import Plot, drawing, new_figure, to_svg
+from moeprune.report.plots.heatmap import WIDTH, colour_bar, draw_layers, row_height, times
 
 _LOWEST = 1 / 16
 _TOP, _GAP = 26.0, 30.0
@@ -60,19 +50,16 @@ def _load_plot(router: RouterFacts, plan: str | None) -> Plot:
 def _draw_panels(
     figure: Figure, router: RouterFacts, panels: dict[str, np.ndarray], height: float, norm: LogNorm
 ) -> AxesImage:
-    order, images = by_load(np.array(router.load)), []
+    images = []
     for i, (title, values) in enumerate(panels.items()):
         top = _TOP + i * (height + _GAP)
-        bottom = figure.get_size_inches()[1] * 96.0 - top - height
-        axes = add_axes(figure, left=LEFT, right=RIGHT + 36, top=top, bottom=bottom)
-        floor = np.maximum(np.take_along_axis(values, order, axis=1), _LOWEST)
-        images.append(draw(axes, floor, colours=sequential(), norm=norm))
-        label_rows(axes, layer_numbers(router.layers), what="layer")
+        axes, image = draw_layers(figure, np.maximum(values, _LOWEST), router=router, top=top, height=height, norm=norm)
+        images.append(image)
         axes.set_title(title)
         axes.set_xticks(_expert_ticks(values.shape[1]))
-        last = i == len(panels) - 1
-        axes.tick_params(labelbottom=last)
-        axes.set_xlabel("experts of a layer, ordered by their load before pruning" if last else "")
+        if i < len(panels) - 1:
+            axes.tick_params(labelbottom=False)
+            axes.set_xlabel("")
     return images[0]
 
 
@@ -84,11 +71,11 @@ def kept_count(router: RouterFacts, plan: str) -> float:
 def _title(load: Float[np.ndarray, "layers experts"], router: RouterFacts, plan: str | None) -> str:
     quarter = max(1, load.shape[1] // 4)
     busy = float(np.sort(load, axis=1)[:, -quarter:].sum(axis=1).mean())
-    text = f"The busiest {quarter} of {load.shape[1]} experts serve {write_percent(busy)} of the routed tokens"
+    text = f"The busiest {quarter} of {load.shape[1]} experts serve {percent(busy)} of the routed tokens"
     if plan is None:
         return text
     served = float((load * kept_mask(router, plan)).sum(axis=1).mean())
-    return f"{text}; the experts that {plan} keeps served {write_percent(served)}"
+    return f"{text}; the experts that {plan} keeps served {percent(served)}"
 
 
 def _caption(experts: int, router: RouterFacts, plan: str | None) -> str:
