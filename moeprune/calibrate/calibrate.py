@@ -11,6 +11,7 @@ from moeprune.calibrate.data import Rows, check_domains, read_domain
 from moeprune.calibrate.passes import collect_stats
 from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.text.isolation import check_apart, choose_packing
+from moeprune.calibrate.text.packing import Packing
 from moeprune.checkpoint.classes import transformers_config
 from moeprune.data_mix import expand_data
 from moeprune.data_spec import DataSpec
@@ -49,12 +50,7 @@ def read_calibration(
     """
     data = expand_data(data, tokens=tokens)
     check_domains(data)
-    context = source.anatomy.context
-    if context is not None and length > context:
-        raise DataError(
-            f"rows of {length} tokens are longer than the model's context of {context}. Give --length {context}."
-        )
-    chosen = choose_packing(packing, config=transformers_config(source.path))
+    chosen = choose_rows(source, length=length, packing=packing)
     return [
         read_domain(
             spec, tokenizer=tokenizer, length=length, tokens=tokens, seed=seed, vocab_size=source.anatomy.vocab_size,
@@ -62,6 +58,20 @@ def read_calibration(
         )
         for spec in data
     ]  # fmt: skip
+
+
+def choose_rows(source: Source, *, length: int, packing: str) -> Packing:
+    """How documents become rows of a length that a model can read.
+
+    Raises:
+        DataError: If rows are longer than the context, or the model cannot do what was asked.
+    """
+    context = source.anatomy.context
+    if context is not None and length > context:
+        raise DataError(
+            f"rows of {length} tokens are longer than the model's context of {context}. Give --length {context}."
+        )
+    return choose_packing(packing, config=transformers_config(source.path))
 
 
 def calibrate(
@@ -106,4 +116,5 @@ def record(rows: Sequence[Rows], *, seed: int, dtype: str, device: str) -> dict[
         "seed": seed,
         "length": rows[0].ids.shape[1],
         "tokens": {part.domain: part.num_tokens for part in rows},
+        "text": {part.domain: part.sha256() for part in rows},
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,18 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from moeprune.calibrate.prompts import Prompt
+from moeprune.calibrate.ranks import Ranks
+from moeprune.checkpoint.classes import model_class
 from moeprune.checkpoint.load import long_texts
 from moeprune.data_spec import DataSpec
 from moeprune.errors import DataError, UnsupportedModelError
 from moeprune.files import sha256_json
+from moeprune.interrupts import Interrupted, interruptible
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ALONE = Ranks()
 
 
 def generate_answers(
@@ -39,12 +44,15 @@ def generate_answers(
     seed: int = 0,
     batch_size: int = 8,
     name: str = "",
+    ranks: Ranks = ALONE,
     quiet: bool = False,
 ) -> Path:
-    """Answer every prompt and append each answer to a file of JSON lines as it is finished.
+    """Answer every prompt, and write the answers in the order of the prompts into a file of JSON lines.
 
-    A file that holds some of the answers already is continued; a line that was cut off is written anew. An answer
-    depends on its prompt, its place and the seed; not on the batch, but for rounding.
+    Ranks answer one batch each, rank 0 appends these answers to the file, and so on; a rank that is done early waits
+    for the others. A file that holds some of the answers already is continued, by any number of ranks; a line that was
+    cut off is written anew. An answer depends on its prompt, its place and the seed; not on the batch, but for
+    rounding. Batches are the same whatever the number of ranks and wherever a run was stopped.
 
     Args:
         model: The model in memory.
@@ -56,6 +64,7 @@ def generate_answers(
         seed: Of sampling.
         batch_size: Prompts at a time.
         name: The model's fingerprint, so that answers of another model are not continued.
+        ranks: The processes that share the prompts; all of them call this with the same arguments.
         quiet: No progress bar.
 
     Returns:
@@ -65,24 +74,37 @@ def generate_answers(
         DataError: If ``out`` holds answers to other prompts or of other settings, or a prompt leaves no room in the
             model's context.
         UnsupportedModelError: If the model does not generate text from left to right.
+        Interrupted: At SIGINT or SIGTERM.
     """
-    _check(model, prompts, max_new_tokens=max_new_tokens)
+    check_prompts(prompts, config=model.config, max_new_tokens=max_new_tokens)
     settings = {"model": name, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     keys = [sha256_json([settings, at, list(prompt.ids)]) for at, prompt in enumerate(prompts)]
-    done = _continued(out, keys)
-    with (
-        out.open("ab") as file,
-        long_texts(tokenizer),
-        tqdm(total=len(prompts), initial=done, unit="answer", desc="generate", disable=quiet) as bar,
-    ):
-        for begin in range(done, len(prompts), batch_size):
-            batch = prompts[begin : begin + batch_size]
-            sampler = _Sampler(seed=seed, first=begin, count=len(batch), temperature=temperature)
-            answers = _answer(model, tokenizer, batch, sampler, max_new_tokens=max_new_tokens)
-            for key, prompt, answer in zip(keys[begin:], batch, answers, strict=False):
-                _append(file, key, prompt, answer, tokenizer)
-            bar.update(len(batch))
+    done = ranks.once(lambda: _continued(out, keys))
+    written = done % batch_size if done < len(prompts) else 0  # of the first batch
+    bar = tqdm(total=len(prompts), initial=done, unit="answer", desc="generate", disable=quiet or not ranks.is_first)
+    with interruptible(), long_texts(tokenizer), bar:
+        try:
+            for own in _rounds(range(done - written, len(prompts)), batch_size, ranks):
+                batch = [prompts[at] for at in own]
+                sampler = _Sampler(seed=seed, numbers=own, temperature=temperature)
+                answers = _answer(model, tokenizer, batch, sampler, max_new_tokens=max_new_tokens)
+                lines = [_line(keys[at], prompts[at], one, tokenizer) for at, one in zip(own, answers, strict=True)]
+                new = [line for part in ranks.gather(lines) for line in part][written:]
+                if ranks.is_first:
+                    _append(out, new)
+                done, written = done + len(new), 0
+                bar.update(len(new))
+        except Interrupted as error:
+            error.note = f"{done} of {len(prompts)} answers are in {out}; the same command goes on."
+            raise
     return out
+
+
+def _rounds(numbers: range, batch_size: int, ranks: Ranks) -> Iterator[range]:
+    """This rank's batch of each round, one after that of the rank before it; empty where a last round has too few."""
+    for begin in range(0, len(numbers), batch_size * ranks.world):
+        at = begin + batch_size * ranks.rank
+        yield numbers[at : at + batch_size]
 
 
 def answers_as_data(path: Path) -> tuple[DataSpec, ...]:
@@ -101,8 +123,8 @@ def answers_as_data(path: Path) -> tuple[DataSpec, ...]:
 class _Sampler(LogitsProcessor):
     """Sampling for each prompt with random numbers of its own: the largest logit plus Gumbel noise is a sample."""
 
-    def __init__(self, *, seed: int, first: int, count: int, temperature: float):
-        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + first + at) for at in range(count)]
+    def __init__(self, *, seed: int, numbers: Iterable[int], temperature: float):
+        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         self._temperature = temperature
 
     def __call__(self, input_ids: Int[Tensor, "batch length"], scores: Float[Tensor, "batch vocab"]) -> Tensor:
@@ -122,6 +144,8 @@ def _answer(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Token ids of each answer, with the token that ended it."""
+    if not batch:
+        return []
     ends = _ends(model, tokenizer)
     padding = int(str(tokenizer.pad_token_id)) if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     width = max(len(prompt.ids) for prompt in batch)
@@ -153,17 +177,24 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     return [] if named is None else [int(token) for token in (named if isinstance(named, list) else [named])]
 
 
-def _check(model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:
+def check_prompts(prompts: Sequence[Prompt], *, config: PreTrainedConfig, max_new_tokens: int) -> None:
+    """Refuse prompts that a model cannot answer, before it is loaded.
+
+    Raises:
+        DataError: If there are none, or one leaves no room for an answer in the model's context.
+        UnsupportedModelError: If the model does not generate text from left to right.
+    """
     if not prompts:
         raise DataError("no prompts to answer.")
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise UnsupportedModelError(f"{type(model).__name__} does not continue a text; it cannot answer prompts.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    model = model_class(config)
+    if config.is_encoder_decoder or not model.can_generate():
+        raise UnsupportedModelError(f"{model.__name__} does not continue a text; it cannot answer prompts.")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.ids) for prompt in prompts)
     if context is not None and longest + max_new_tokens > context:
         raise DataError(
             f"the longest prompt has {longest} tokens; with answers of up to {max_new_tokens} that is beyond the "
-            f"context of {context}. Ask for shorter answers or leave the longest prompts out."
+            f"context of {context}. Ask for shorter answers (--max-new-tokens) or leave the longest prompts out."
         )
 
 
@@ -194,8 +225,7 @@ def _key_of(line: bytes) -> str | None:
     return row.get("key") if isinstance(row, dict) else None
 
 
-def _append(file: Any, key: str, prompt: Prompt, answer: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """One line, written in one call: a run that is killed leaves whole lines and at most a part of the last one."""
+def _line(key: str, prompt: Prompt, answer: list[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
     row = {
         "key": key,
         "domain": prompt.domain,
@@ -203,5 +233,10 @@ def _append(file: Any, key: str, prompt: Prompt, answer: list[int], tokenizer: P
         "answer": tokenizer.decode(answer),
         "input_ids": [*prompt.ids, *answer],
     }
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    file.flush()
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _append(out: Path, lines: Sequence[bytes]) -> None:
+    """A run that is killed leaves whole lines and at most a part of the last one."""
+    with out.open("ab") as file:
+        file.write(b"".join(lines))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from moeprune import __version__
 from moeprune.anatomy.source import Source
-from moeprune.calibrate.calibrate import calibrate, read_calibration, record
-from moeprune.calibrate.generate import answers_as_data, generate_answers
-from moeprune.calibrate.prompts import read_prompts
+from moeprune.calibrate.calibrate import calibrate, choose_rows, read_calibration, record
+from moeprune.calibrate.generate import answers_as_data, check_prompts, generate_answers
+from moeprune.calibrate.prompts import Prompt, read_prompts
 from moeprune.calibrate.quantities import cost_of
 from moeprune.calibrate.ranks import Ranks
 from moeprune.calibrate.resume import Partial, partial_folder
@@ -22,12 +22,14 @@ from moeprune.calibrate.rows import Rows
 from moeprune.calibrate.sample import SAMPLED_TOKENS
 from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.until import Until
+from moeprune.checkpoint.classes import transformers_config
 from moeprune.checkpoint.load import load_model, load_tokenizer
-from moeprune.errors import MoePruneError, RoomError
+from moeprune.data_spec import DataSpec
+from moeprune.errors import DataError, MoePruneError, RoomError
 from moeprune.recipe import Calibration
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -95,35 +97,56 @@ class Job:
 
     @cached_property
     def rows(self) -> list[Rows]:
-        """The text: read, tokenised and packed by rank 0, after the model has answered prompts if it is to."""
+        """The text: read, tokenised and packed by rank 0, after the model has answered prompts if it is to.
+
+        What can be refused is refused before the model is loaded, and answers are written last.
+        """
         settings = self.settings
-        data = settings.data + (answers_as_data(self._answers()) if settings.self_generate else ())
-        rows = self.ranks.once(
-            lambda: read_calibration(
-                self.source, tokenizer=load_tokenizer(self.source.path), data=data, tokens=settings.tokens,
-                length=settings.length, seed=settings.seed, packing=settings.packing, cache=self.how.cache,
-            )
-        )  # fmt: skip
+        tokenizer = load_tokenizer(self.source.path)
+        prompts = self._prompts(tokenizer) if settings.self_generate else []
+        rows = self._read(settings.data, tokenizer) if settings.data else []
+        self.ranks.once(lambda: _check_names(rows, prompts))
+        if prompts:
+            path = self._answer(prompts, tokenizer)
+            rows = rows + self._read(self.ranks.once(lambda: answers_as_data(path)), tokenizer)
         if settings.packing == "auto" and rows[0].packing == "pad":
             self._say(f"{self.source.name} does not keep the documents of a row apart: each has a row of its own.")
         return rows
 
-    def _answers(self) -> Path:
-        """The file with the model's answers, written by rank 0."""
+    def _read(self, data: Sequence[DataSpec], tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
+        settings = self.settings
+        return self.ranks.once(
+            lambda: read_calibration(
+                self.source, tokenizer=tokenizer, data=data, tokens=settings.tokens, length=settings.length,
+                seed=settings.seed, packing=settings.packing, cache=self.how.cache,
+            )
+        )  # fmt: skip
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        """What the model is to answer, read and checked by rank 0."""
         settings = self.settings
         if self.streamed[0]:
             raise RoomError(
                 f"--self-generate needs the whole model in memory, to write one token after the other "
                 f"({self.streamed[1]}). Have the answers written elsewhere and give them with --data."
             )
-        tokenizer = load_tokenizer(self.source.path)
-        model, path = self.model, self.out.with_name(f"{self.out.name}.answers.jsonl")
-        return self.ranks.once(
-            lambda: generate_answers(
-                model, tokenizer, read_prompts(settings.self_generate, tokenizer=tokenizer, seed=settings.seed),
-                out=path, max_new_tokens=settings.max_new_tokens, seed=settings.seed, batch_size=settings.batch_size,
-                name=self.source.facts.fingerprint, quiet=self.how.quiet,
-            )
+
+        def read() -> list[Prompt]:
+            choose_rows(self.source, length=settings.length, packing=settings.packing)
+            prompts = read_prompts(settings.self_generate, tokenizer=tokenizer, seed=settings.seed)
+            config = transformers_config(self.source.path)
+            check_prompts(prompts, config=config, max_new_tokens=settings.max_new_tokens)
+            return prompts
+
+        return self.ranks.once(read)
+
+    def _answer(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> Path:
+        """The file with the model's answers."""
+        settings = self.settings
+        return generate_answers(
+            self.model, tokenizer, prompts, out=self.out.with_name(f"{self.out.name}.answers.jsonl"),
+            max_new_tokens=settings.max_new_tokens, seed=settings.seed, batch_size=settings.batch_size,
+            name=self.source.facts.fingerprint, ranks=self.ranks, quiet=self.how.quiet,
         )  # fmt: skip
 
     @cached_property
@@ -249,6 +272,15 @@ def fingerprint_rows(rows: Sequence[Rows]) -> str:
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_names(rows: Sequence[Rows], prompts: Sequence[Prompt]) -> None:
+    both = {part.domain for part in rows} & {prompt.domain for prompt in prompts}
+    if both:
+        raise DataError(
+            f"text and prompts are both named {min(both)!r}. Give them names: --data NAME=SOURCE, "
+            "--self-generate NAME=SOURCE."
+        )
 
 
 def _check(settings: Calibration, how: How, ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ from moeprune.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+UNLIMITED = 1 << 60
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "text")
 
 
@@ -50,7 +51,11 @@ def read_prompts(specs: Sequence[DataSpec], *, tokenizer: PreTrainedTokenizerBas
         DataError: If a source cannot be read, has no column to read or nothing in it.
     """
     prompts: list[Prompt] = []
-    for spec in expand_data(specs, tokens=1):
+    for spec in expand_data(specs, tokens=UNLIMITED):
+        if spec.documents is None and spec.tokens != UNLIMITED:
+            raise DataError(
+                f"{spec.source}: prompts are counted, their answers' tokens are not known. Give documents=N."
+            )
         found = 0
         for row in shuffled_rows(spec, seed=seed):
             prompt = _prompt(row, spec, tokenizer)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from moeprune.calibrate.data import read_domain
-from moeprune.calibrate.generate import answers_as_data, generate_answers
+from moeprune.calibrate.generate import _rounds, _Sampler, answers_as_data, generate_answers
 from moeprune.calibrate.prompts import read_prompts
+from moeprune.calibrate.ranks import Ranks
 from moeprune.checkpoint.load import load_model, load_tokenizer
 from moeprune.data_spec import DataSpec
 from moeprune.demo import MODEL_DIR
 from moeprune.errors import DataError
+from tests.calibrate.test_ranks import torchrun
 from tests.calibrate.tokenizer import CHAT_TEMPLATE, byte_tokenizer, ids_of
 
 TEXTS = ["def add(a, b):", "In the beginning", "2 + 3 =", "Hello", "import"]
@@ -73,17 +75,17 @@ def test_temperature_0_takes_the_likeliest_token(model, tokenizer, prompts, tmp_
 
 
 def test_sampling_has_the_probabilities_of_the_softmax():
-    from moeprune.calibrate.generate import _Sampler
-
     scores = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    sampler = _Sampler(seed=0, first=0, count=1, temperature=0.5)
+    sampler = _Sampler(seed=0, numbers=[0], temperature=0.5)
     drawn = torch.stack([sampler(torch.empty(1, 0), scores)[0].argmax() for _ in range(20_000)])
     share = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(share, (scores[0] / 0.5).softmax(0), rtol=0, atol=0.012)  # three standard errors
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 3.5])
-def test_a_run_that_was_killed_is_continued_to_the_same_answers(model, tokenizer, prompts, answers, tmp_path, kept):
+@pytest.mark.parametrize(("kept", "asked_again"), [(0, 5), (1, 5), (2, 3), (3, 3), (3.5, 3), (5, 0)])
+def test_a_run_that_was_killed_is_continued_in_the_same_batches(
+    model, tokenizer, prompts, answers, tmp_path, kept, asked_again
+):
     out = tmp_path / "out.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in answers]
     part = lines[3][: len(lines[3]) // 2] if kept == 3.5 else ""
@@ -95,7 +97,33 @@ def test_a_run_that_was_killed_is_continued_to_the_same_answers(model, tokenizer
         assert answer(model, tokenizer, prompts, out) == answers
     finally:
         del model.generate
-    assert sum(calls) == len(prompts) - int(kept)
+    assert sum(calls) == asked_again
+
+
+def test_ranks_share_the_prompts_and_write_what_one_process_does(model, tokenizer, prompts, answers, tmp_path):
+    out = tmp_path / "out.jsonl"
+    answer(model, tokenizer, prompts, tmp_path / "alone.jsonl")
+    alone = (tmp_path / "alone.jsonl").read_bytes()
+    result = torchrun("-m", "tests.calibrate.answering", out, tmp_path / "prompts.jsonl", *TEXTS)
+    assert result.returncode == 0, result.stderr
+    assert out.read_bytes() == alone
+    # Batches of two of five prompts: rank 0 has the first and the last, rank 1 the one between.
+    assert [int(out.with_suffix(f".{rank}").read_text()) for rank in (0, 1)] == [3, 2]
+
+    out.write_bytes(b"".join(alone.splitlines(keepends=True)[:3]) + b'{"key": ')
+    result = torchrun("-m", "tests.calibrate.answering", out, tmp_path / "prompts.jsonl", *TEXTS)
+    assert result.returncode == 0, result.stderr
+    assert out.read_bytes() == alone
+    assert [int(out.with_suffix(f".{rank}").read_text()) for rank in (0, 1)] == [2, 1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 13])
+def test_rounds_of_all_ranks_are_the_prompts_in_order(world, count):
+    ranks = [list(_rounds(range(100, 100 + count), 2, Ranks(rank, world))) for rank in range(world)]
+    assert [at for batches in zip(*ranks, strict=True) for batch in batches for at in batch] == [
+        *range(100, 100 + count)
+    ]
 
 
 def test_finished_answers_are_left_as_they_are(model, tokenizer, prompts, answers, tmp_path):
