@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=tokens(2), use_cache=False).logits
 
 
-def with_counts(config: Any, counts: dict[str, int]) -> Any:
+def with_counts(config: Any, counts: Mapping[str, Any]) -> Any:
     """A config with some numbers replaced, also where they stand in a list or a config inside."""
     if not isinstance(config, dict):
         return config
