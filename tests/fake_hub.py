@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -28,6 +28,9 @@ class FakeHub:
         requests: (server, method, path, range header, authorization header) of every request so far.
         before: Called with server, method and path before each answer; may raise ConnectionError to cut the line.
         ignore_ranges: Answer with the whole file whatever was asked.
+        xet: Say of large files that they are stored in Xet, as the Hub does of nearly all.
+        forbidden: Paths that are answered with status 403 and a reason.
+        pieces: How the store cuts what it sends.
     """
 
     def __init__(self) -> None:
@@ -36,6 +39,9 @@ class FakeHub:
         self.requests: list[tuple[str, str, str, str | None, str | None]] = []
         self.before: Callable[[str, str, str], object] = lambda server, method, path: None
         self.ignore_ranges = False
+        self.xet = False
+        self.forbidden: set[str] = set()
+        self.pieces: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self._servers = [_serve(self, "hub"), _serve(self, "store")]
         self.endpoint, self.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
@@ -125,12 +131,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if head in self.hub.gated and self.headers.get("Authorization") is None:
             return self._refuse(401, "GatedRepo")
+        if name in self.hub.forbidden:
+            return self._refuse(403, "NotAllowed")
         file = self.hub.repos[head, revision] / name
         if not file.is_file():
             return self._refuse(404, "EntryNotFound")
         headers = {"X-Repo-Commit": commit_of(self.hub, head, revision), "ETag": f'"{_digest(file)}"'}
         if file.suffix == ".safetensors":
             headers |= {"X-Linked-Size": str(file.stat().st_size), "X-Linked-Etag": headers["ETag"]}
+            if self.hub.xet:
+                refresh = f"{self.hub.endpoint}/api/models/{head}/xet-read-token/{revision}"
+                headers |= {"X-Xet-Hash": _digest(file), "X-Xet-Refresh-Route": refresh}
             return self._send(302, b"", headers | {"Location": f"{self.hub.store}{file}"})
         return self._file(file, headers)
 
@@ -164,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            for piece in self.hub.pieces(data) if self.name == "store" else [data]:
+                self.wfile.write(piece)
 
 
 def _tree_entry(folder: Path, file: Path) -> dict[str, object]:

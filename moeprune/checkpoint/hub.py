@@ -172,13 +172,35 @@ def explained(model: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{model}: {repo} has no branch, tag or commit {revision!r}.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        text = "not in the local cache, and the Hub cannot be reached (offline, or HF_HUB_OFFLINE=1)."
-        raise CheckpointError(f"{model}: {text}") from error
+        first = error.__cause__ or error.__context__
+        why = "cannot be reached (offline, or HF_HUB_OFFLINE=1)"
+        if getattr(first, "response", None) is not None:
+            why = f"did not answer as expected ({_reason(first)})"
+        raise CheckpointError(f"{model}: not in the local cache, and the Hub {why}.") from error
     except HFValidationError as error:
         raise CheckpointError(f"{model}: not a name that the Hub has ({error}).") from error
-    except (_http_error(), OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model}: the Hub did not answer as expected ({reason}). Try again.") from error
+    # hf_xet reports all that goes wrong as RuntimeError, and huggingface_hub a file too large for HTTP as ValueError.
+    except (_http_error(), OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
+            text = f"{error.filename or 'the cache of huggingface_hub'}: {error.strerror}"
+            raise CheckpointError(
+                f"{model}: {text}. Make room there, or set HF_HOME to a folder that can be written to."
+            ) from error
+        raise CheckpointError(f"{model}: the Hub did not answer as expected ({_reason(error)}). Try again.") from error
+
+
+def _reason(error: BaseException | None) -> str:
+    """The first line of an error's text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def abort_downloads() -> None:
+    """End the downloads of hf_xet that are under way in this process, where huggingface_hub offers it."""
+    from huggingface_hub.utils import _xet
+
+    abort = getattr(_xet, "abort_xet_session", None)  # since 1.12
+    if abort is not None:
+        abort()
 
 
 def _from_cache(repo: str, revision: str | None) -> Located:

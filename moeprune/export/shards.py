@@ -18,7 +18,7 @@ from moeprune.export.copying import HASH, Appender, Locate, Progress, hash_file
 from moeprune.export.journal import Journal
 from moeprune.export.layout import Shard
 from moeprune.export.slices import ByteRange, OutputTensor
-from moeprune.export.sources import LocalSources, Sources
+from moeprune.export.sources import LocalSources, Sources, Stopped
 from moeprune.files import write_json
 
 MAX_DEFAULT_JOBS = 4
@@ -62,13 +62,15 @@ def write_shards(
         futures = [pool.submit(work.finish, shard) for shard in shards]
         try:
             for future in as_completed(futures):
-                with suppress(_Stopped):
+                with suppress(Stopped):
                     future.result()
         except OSError as error:
+            work.stop()
             what = f"{error.filename or folder}: {error.strerror or error}"
             raise ExportError(f"{what}. Finished shards are kept; run the same command again.") from error
-        finally:
-            work.progress.stop()  # after an error, all end at their next report instead of finishing gigabytes
+        except BaseException:
+            work.stop()
+            raise
 
 
 def write_index(
@@ -110,8 +112,13 @@ class _Work:
         try:
             self._finish(shard)
         except BaseException:
-            self.progress.stop()
+            self.stop()
             raise
+
+    def stop(self) -> None:
+        """After an error, make all end at their next report or download instead of finishing gigabytes."""
+        self.progress.stop()
+        self.sources.stop()
 
     def _finish(self, shard: Shard) -> None:
         path, entry = self.folder / shard.name, self.journal.finished.get(shard.name)
@@ -169,10 +176,6 @@ def _computed(tensor: OutputTensor, target: Appender) -> bytes:
     return data
 
 
-class _Stopped(Exception):
-    """Another thread failed; its error is the one that counts."""
-
-
 class _Turns:
     """Progress reports of many threads one after the other, and the place where they are told to stop."""
 
@@ -182,7 +185,7 @@ class _Turns:
     def __call__(self, count: int) -> None:
         with self._lock:
             if self._stopped:
-                raise _Stopped
+                raise Stopped
             self._report(count)
 
     def stop(self) -> None:

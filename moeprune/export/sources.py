@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 
+class Stopped(Exception):
+    """The export was stopped; why is told elsewhere."""
+
+
 class Sources(Protocol):
     """Gives source files to those who read them."""
 
@@ -18,6 +22,10 @@ class Sources(Protocol):
         """
         ...
 
+    def stop(self) -> None:
+        """Make those who wait for a file give up with :class:`Stopped`."""
+        ...
+
 
 class LocalSources:
     """Files that are where the checkpoint says."""
@@ -25,3 +33,6 @@ class LocalSources:
     def open(self, file: Path) -> AbstractContextManager[Path]:
         """The file itself."""
         return nullcontext(file)
+
+    def stop(self) -> None:
+        """Nobody waits."""

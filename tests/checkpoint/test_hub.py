@@ -223,6 +223,22 @@ def test_a_name_that_the_hub_cannot_have(hub: FakeHub):
     assert error_of("org/a name").startswith("org/a name: not a name that the Hub has (Repo id must")
 
 
+def test_what_the_hub_forbids_is_not_taken_for_a_missing_connection(hub: FakeHub, large):
+    hub.add("org/model", large)
+    hub.forbidden.add("tokenizer.json")
+    text = "not in the local cache, and the Hub did not answer as expected (403 Forbidden: NotAllowed.)."
+    assert error_of("org/model") == f"org/model: {text}"
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_hub(hub: FakeHub, large, tmp_path, monkeypatch):
+    hub.add("org/model", large)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    text = error_of("org/model")
+    assert text.startswith(f"org/model: {tmp_path / 'file'}")
+    assert text.endswith("Not a directory. Make room there, or set HF_HOME to a folder that can be written to.")
+
+
 def test_a_server_that_sends_whole_files_is_not_read_to_its_end(hub: FakeHub, large, monkeypatch):
     hub.add("org/model", large)
     hub.ignore_ranges = True

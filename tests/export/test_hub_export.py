@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,12 @@ from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load_file, save_file
 
 from moeprune.anatomy.source import open_source
+from moeprune.checkpoint.hub import locate
 from moeprune.errors import CheckpointError, ExportError, PlanError
 from moeprune.export.export import export_checkpoint
+from moeprune.export.fetch import HubSources
 from moeprune.export.journal import JOURNAL
+from moeprune.export.prepare import Job, prepare
 from moeprune.export.verify import verify_checkpoint
 from moeprune.plan.plan import Plan
 from tests.checkpoint.test_hub import large
@@ -52,6 +57,10 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def export(plan: Plan, out: Path, **options) -> None:
     export_checkpoint(NAME, plan=plan, out=out, quiet=True, **options)
+
+
+def prepared(plan: Plan, out: Path) -> Job:
+    return prepare(NAME, plan=plan, out=out, force=False, max_bytes=None, jobs=1, link=False, keep_source=False)
 
 
 def whole_downloads(hub: FakeHub) -> list[str]:
@@ -177,6 +186,21 @@ def test_a_router_with_nan_is_found_when_its_shard_arrives(hub, tmp_path):
 # Broken lines
 
 
+def kill_while_copying(plan: Plan, out: Path) -> None:
+    """An export that ends when the first download is complete and its output file is not."""
+
+    class Killed(BaseException):
+        """Stands for a signal."""
+
+    def die(*args):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moeprune.export.copying.Appender._copy_large", die)
+        with pytest.raises(Killed):
+            export(plan, out, keep_source=False, jobs=1)
+
+
 @pytest.mark.parametrize("keep_source", [True, False])
 def test_a_line_that_breaks_in_the_middle_goes_on_where_it_was(hub, large, plan, expected, tmp_path, keep_source):
     served: list[str] = []
@@ -207,22 +231,96 @@ def test_a_line_that_breaks_in_the_middle_goes_on_where_it_was(hub, large, plan,
 
 def test_a_complete_download_survives_a_kill_before_its_shard_was_written(hub, large, plan, expected, tmp_path):
     out = tmp_path / "out"
-
-    class Killed(BaseException):
-        """Stands for a signal."""
-
-    def die(*args):
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moeprune.export.copying.Appender._copy_large", die)
-        with pytest.raises(Killed):
-            export(plan, out, keep_source=False, jobs=1)
+    kill_while_copying(plan, out)
     assert whole_downloads(hub) == ["model-00001-of-00006.safetensors"]
     hub.requests.clear()
     export(plan, out, keep_source=False, jobs=1)
     assert whole_downloads(hub) == [f"model-{n:05d}-of-00006.safetensors" for n in range(2, 7)]
     assert weights(out) == expected
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_halves_of_downloads_that_a_kill_left_are_gone_before_more_is_downloaded(hub, large, plan, tmp_path, jobs):
+    """huggingface_hub gives each attempt a name of its own, and never takes one up again."""
+    out, downloads = tmp_path / "out", tmp_path / "out.partial" / ".source"
+    kill_while_copying(plan, out)
+    half = downloads / ".cache" / "huggingface" / "download" / "name.sha.1234.incomplete"
+    half.write_bytes(bytes(1000))
+    unwanted = downloads / "model-00009-of-00009.safetensors"
+    unwanted.write_bytes(bytes(1000))
+    there: list[bool] = []
+    hub.before = lambda server, method, path: there.append(half.exists() or unwanted.exists())
+    hub.requests.clear()
+    export(plan, out, keep_source=False, jobs=jobs)
+    assert hub.bytes_of() and not there[-1], "the first requests are those that look at headers"
+    first = next(n for n, request in enumerate(hub.requests) if request[0] == "store" and request[3] is None)
+    assert not any(there[first:])
+
+
+@pytest.mark.parametrize("keep_source", [True, False])
+def test_a_download_from_xet_that_fails_is_told_in_a_line(hub, large, plan, tmp_path, monkeypatch, keep_source):
+    """hf_xet raises RuntimeError whatever happens."""
+
+    def fail(**options):
+        raise RuntimeError("Task error: CAS Client Error: error sending request")
+
+    hub.xet = True
+    monkeypatch.setattr("huggingface_hub.file_download.xet_get", fail)
+    with pytest.raises(ExportError) as error:
+        export(plan, tmp_path / "out", keep_source=keep_source, jobs=1)
+    assert str(error.value) == (
+        "model-00001-of-00006.safetensors: org/model: the Hub did not answer as expected (Task error: CAS Client "
+        "Error: error sending request). Try again. Finished shards are kept; run the same command again."
+    )
+
+
+def test_a_file_that_needs_hf_xet_without_hf_xet(hub, large, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1_000_000)
+    with pytest.raises(ExportError, match=r"The file is too large .* Install `hf_xet`"):
+        export(plan, tmp_path / "out", jobs=1)
+
+
+def slowly(data: bytes) -> Iterator[bytes]:
+    for start in range(0, len(data), 1000):
+        yield data[start : start + 1000]
+        threading.Event().wait(0.01)  # not time.sleep, which the fixture skips
+
+
+def test_an_error_ends_the_downloads_of_the_other_shards(hub, large, plan, tmp_path, monkeypatch):
+    """A download of 5 GB would otherwise be finished before the error is told, and Ctrl-C be of no use."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    begun, sent = threading.Event(), []
+
+    def pieces(data: bytes) -> Iterator[bytes]:
+        begun.set()
+        for piece in slowly(data):
+            sent.append(len(piece))
+            yield piece
+
+    def fail_one(server: str, method: str, path: str) -> None:
+        if method == "HEAD" and "00001" in path:
+            begun.wait(10)
+            raise ConnectionError
+
+    export(plan, tmp_path / "out", dry_run=True)
+    hub.pieces, hub.before = pieces, fail_one
+    with pytest.raises(ExportError, match=r"^model-00001-of-00006.safetensors: "):
+        export(plan, tmp_path / "out", keep_source=False, jobs=2)
+    assert 0 < sum(sent) < 1_000_000, "of 3 MB"
+
+
+def test_a_source_that_two_read_stays_until_both_are_done(hub, large, plan, tmp_path):
+    """A finished shard that turns out damaged is written again, and was not counted among those that read."""
+    name = "model-00002-of-00006.safetensors"
+    located = locate(NAME)
+    shard = replace(prepared(plan, tmp_path / "out").shards[1], name="one")
+    assert [file.name for file in shard.files] == [name]
+    sources = HubSources(located, shards=[shard], folder=tmp_path / "downloads")
+    with sources.open(located.folder / name) as path:
+        with sources.open(located.folder / name) as again:
+            assert again == path
+        assert path.read_bytes() == (large / name).read_bytes()
+    assert not path.exists()
 
 
 # Without a connection, and from the command line
