@@ -53,16 +53,22 @@ def quantisation_of(
     entry = quantization_entry(config, where=where)
     if entry is None and hf_quant_config is not None:
         # Written beside config.json by ModelOpt, whose older releases left config.json alone.
-        entry = {**hf_quant_config.get("quantization", {}), "quant_method": "modelopt"}
+        entry = {**_object(hf_quant_config, "quantization", HF_QUANT_CONFIG), "quant_method": "modelopt"}
     if entry is None:
         return None
     method = _method(entry, where)
-    if entry.get("sparsity_config", {}).get("format", "dense") != "dense":
-        raise UnsupportedModelError(
-            f"{where}: stored sparse ({entry['sparsity_config']['format']}): moeprune does not prune this. {WAY_OUT}"
-        )
+    sparse = _object(entry, "sparsity_config", where).get("format") or "dense"
+    if sparse != "dense":
+        raise UnsupportedModelError(f"{where}: stored sparse ({sparse}): moeprune does not prune this. {WAY_OUT}")
     stored = _stored_format(method, entry, where)
-    title, bits = _DESCRIBERS[stored.name](entry)
+    try:
+        title, bits = _DESCRIBERS[stored.name](entry)
+        if bits is not None and bits not in range(1, 65):
+            raise ValueError(f"{bits!r} bits")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: the quantization config is not one of {stored.name} as its writers make them ({error!r})."
+        ) from error
     return Quantisation(method, title, bits, stored)
 
 
@@ -80,6 +86,13 @@ def quantization_entry(config: Mapping[str, Any], *, where: str | Path = "config
             if entry:
                 return entry
     return None
+
+
+def _object(holder: Mapping[str, Any], key: str, where: str | Path) -> Mapping[str, Any]:
+    value = holder.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where}: {key} is {type(value).__name__}, expected an object.")
+    return value
 
 
 def refuse_merge(quantisation: Quantisation | None) -> None:
@@ -105,7 +118,7 @@ def _method(entry: Mapping[str, Any], where: str | Path) -> str:
         return method
     if "config_groups" in entry:
         return "compressed-tensors"
-    if "quant_algo" in entry or "quant_algo" in entry.get("quantization", {}):
+    if "quant_algo" in entry or "quant_algo" in _object(entry, "quantization", where):
         return "modelopt"
     raise CheckpointError(f"{where}: quantization_config has no quant_method. It has: {', '.join(entry)}.")
 
@@ -124,7 +137,8 @@ def _stored_format(method: str, entry: Mapping[str, Any], where: str | Path) -> 
             return FORMATS["compressed-tensors"]
         if "awq" in packing:
             return FORMATS["awq"]
-        if packing and not any(known in packing for known in ("gptq", "auto_round")):
+        # `auto_round:nv_fp`, `auto_round:mx_fp` and `auto_round:fp8` are other formats; the others are GPTQ's.
+        if packing and ("fp" in packing or not any(known in packing for known in ("gptq", "auto_round"))):
             raise UnsupportedModelError(
                 f"{where}: stored by AutoRound as {packing!r}, which moeprune does not prune. {WAY_OUT}"
             )
@@ -139,7 +153,7 @@ def _fp8(entry: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _compressed(entry: Mapping[str, Any]) -> tuple[str, int | None]:
-    groups = [group for group in entry.get("config_groups", {}).values() if group.get("weights")]
+    groups = [group for group in (entry.get("config_groups") or {}).values() if group.get("weights")]
     titles, bits = [], set()
     for group in groups:
         weights = group["weights"]
@@ -167,7 +181,7 @@ def _scheme(weights: Mapping[str, Any], packing: str) -> str:
 
 
 def _modelopt(entry: Mapping[str, Any]) -> tuple[str, int | None]:
-    algorithm = entry.get("quant_algo") or entry.get("quantization", {}).get("quant_algo")
+    algorithm = entry.get("quant_algo") or (entry.get("quantization") or {}).get("quant_algo")
     if algorithm is None:
         return _compressed(entry)[0].replace("compressed-tensors", "ModelOpt"), _compressed(entry)[1]
     # NVFP4, FP8, MXFP8, W4A16_AWQ, W4A8_NVFP4_FP8: the first number is the weights'.

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeprune.anatomy.companions import ExpertPart, check_companions, expert_dim
 from moeprune.anatomy.formats import FORMATS, Companion, companion_base, format_of, format_rows
@@ -174,6 +176,53 @@ def test_fused_blocks_without_their_scales_are_refused():
     parts = [ExpertPart(FUSED, None, "weight_blocks", "U8")]
     with pytest.raises(CheckpointError, match="has no weight_scales"):
         check_companions(parts, stored=FORMATS["mxfp4"], num_experts=4, where="folder")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quant_method": "compressed-tensors", "config_groups": None, "sparsity_config": None},
+        {"quant_method": "compressed-tensors", "sparsity_config": {}},
+        {"quant_method": "modelopt", "quantization": None, "config_groups": None},
+        {"quant_method": "gptq", "bits": None, "group_size": None},
+        {"quant_method": "quark", "global_quant_config": None},
+    ],
+)
+def test_what_a_writer_left_empty_is_no_obstacle(entry):
+    assert quantisation_of({"quantization_config": entry}).bits is None
+
+
+@pytest.mark.parametrize("packing", ["auto_round:nv_fp", "auto_round:mx_fp", "auto_round:fp8", "auto_round:fp8_static"])
+def test_floating_point_formats_of_autoround_are_not_taken_for_gptq(packing):
+    entry = {"quant_method": "auto-round", "bits": 4, "group_size": [128, 128], "packing_format": packing}
+    with pytest.raises(UnsupportedModelError, match=f"stored by AutoRound as '{packing}'"):
+        quantisation_of({"quantization_config": entry})
+
+
+_KEYS = st.sampled_from([
+    "quant_method", "config_groups", "sparsity_config", "quantization", "quant_algo", "load_in_4bit", "packing_format",
+    "weight_block_size", "group_size", "bits", "w_bit", "global_quant_config", "format", "weights", "num_bits",
+    "weight", "strategy", "block_structure", "dtype",
+])  # fmt: skip
+_METHODS = st.sampled_from([method for stored in FORMATS.values() for method in stored.methods])
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | _METHODS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(entry=st.dictionaries(_KEYS, _VALUES, max_size=4), method=st.none() | _METHODS, beside=st.booleans())
+@settings(deadline=None)
+def test_any_quantisation_config_is_understood_or_refused(entry, method, beside):
+    entry |= {"quant_method": method} if method else {}
+    try:
+        found = (
+            quantisation_of({}, hf_quant_config=entry) if beside else quantisation_of({"quantization_config": entry})
+        )
+    except (CheckpointError, UnsupportedModelError):
+        return
+    assert found is None or found.stored in FORMATS.values()
 
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
