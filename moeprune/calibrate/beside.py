@@ -15,13 +15,14 @@ class Logits:
     """The logits of one router, taken from what it returns.
 
     Routers return them alone, or among scores, weights and ids in any order. Of the outputs with one column for each
-    expert, the logits are those that are not scores, that is, not all 0 or more. A router that returns none has none:
-    they are not computed a second time.
+    expert, the logits are those that are not scores, that is, not all 0 or more; the first call decides. A router that
+    returns none has none: they are not computed a second time.
     """
 
     def __init__(self, num_experts: int):
         self._num_experts = num_experts
         self._place: int | None = None
+        self._tried = False
         self._latest: Tensor | None = None
 
     @contextmanager
@@ -43,7 +44,8 @@ class Logits:
 
     def _keep(self, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if self._place is None:
+        if not self._tried:  # once, because a GPU is waited for when its values are looked at
+            self._tried = True
             fitting = [place for place, output in enumerate(outputs) if self._fits(output)]
             self._place = next((place for place in fitting if bool((outputs[place] < 0).any())), None)
         if self._place is not None and self._fits(outputs[self._place]):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from moeprune import __version__
@@ -204,16 +205,20 @@ class Job:
             MoePruneError: Whatever text, model or memory do not allow.
             Interrupted: At SIGINT or SIGTERM.
         """
+        if self.ranks.is_first:
+            _check_writable(self.out)
         streamed, why = self.streamed
         if streamed and self.settings.until_stable is not None:
             raise MoePruneError(
                 "--until-stable looks at the sums of all layers now and then; a run layer by layer has them at its end "
-                f"only ({why})."
+                f"only ({why}). Leave it out: run a part of the text with a smaller --tokens, see what `moeprune stats "
+                "show` says of its reliability, and run more if that is too low. Or run the whole model, where it fits "
+                "(--no-stream, --device-map auto)."
             )
         partial = self._partial()
         stats = self._streamed(partial, why) if streamed else self._whole(partial)
         if self.ranks.is_first:
-            stats.save(self.out)
+            _write(stats, self.out)
         self.ranks.wait()
         partial.remove()
         return stats
@@ -261,6 +266,30 @@ class Job:
             partial_folder(self.out), inputs, rank=ranks.rank, world=ranks.world, every=60 * self.how.save_every,
             say=self._say,
         )  # fmt: skip
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse, before anything is run, a place that nothing can be written to."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise MoePruneError(
+            f"{out}: cannot be written there ({error.strerror}). Give another place with --out."
+        ) from error
+    if out.is_dir():
+        raise MoePruneError(f"{out}: is a folder; the statistics are a file. Give another name with --out.")
+
+
+def _write(stats: Stats, out: Path) -> None:
+    try:
+        stats.save(out)
+    except OSError as error:
+        raise RoomError(
+            f"{out}: the statistics cannot be written ({error.strerror or error}). Make room there and give the same "
+            f"command again: it goes on from what {partial_folder(out)} holds."
+        ) from error
 
 
 def fingerprint_rows(rows: Sequence[Rows]) -> str:

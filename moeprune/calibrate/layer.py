@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,14 +32,14 @@ class Batch:
     Attributes:
         mask: True for text.
         odd: True for tokens of odd rows.
-        sampled: True for tokens of the sample.
-        slots: Place in the sample of each of those.
+        sampled: Which tokens belong to the sample.
+        slots: Place in the sample of each of those; always on the CPU.
     """
 
-    mask: Bool[Tensor, " tokens"] | None
-    odd: Bool[Tensor, " tokens"] | None
-    sampled: Bool[Tensor, " tokens"] | None
-    slots: Int[Tensor, " sampled"] | None
+    mask: Bool[Tensor, " tokens"] | None = None
+    odd: Bool[Tensor, " tokens"] | None = None
+    sampled: Int[Tensor, " sampled"] | None = None
+    slots: Int[Tensor, " sampled"] | None = None
 
     def on(self, device: torch.device) -> Batch:
         """The same on the device of a layer; no mask where all is text."""
@@ -95,12 +95,6 @@ class LayerObserver:
     def called(self) -> bool:
         """Whether the model ran the layer since :meth:`start`."""
         return self._sums is not None
-
-    @property
-    def tokens_by_half(self) -> np.ndarray:
-        """Tokens of even and of odd rows."""
-        assert self._sums is not None
-        return self._sums.tokens.cpu().numpy()
 
     @property
     def quantities(self) -> frozenset[str]:
@@ -179,44 +173,50 @@ class LayerObserver:
         if self._pending or not self._residual.known:
             self.given -= {TURNED}
 
-    def add_to(self, stats: Stats, *, domain: int, layer: int, hold: bool) -> None:
-        """Add the sums to ``stats``, whose arrays decide what is added.
-
-        With ``hold``, those over hidden states are added where the layer runs; :meth:`collect` brings them.
-        """
+    def sums(self) -> dict[str, Tensor]:
+        """The sums since :meth:`start`, float64, where they were made; those of even and odd rows, and ``tokens``."""
         assert self._sums is not None
-        for name, array in self._sums.halved().items():
-            self._add_halved(stats, name, array.cpu().numpy(), at=(domain, layer))
         whole = self._sums.whole() | (self._pairs.whole() if self._pairs else {})
         whole |= self._sample.whole() if self._sample else {}
-        for name, tensor in whole.items():
-            axes, group = QUANTITIES[name].axes, stats.group(name)
-            if name not in self.given or name not in at_level(stats.statistics):
+        return self._sums.halved() | {"tokens": self._sums.tokens} | whole
+
+    def hold(self, stats: Stats, sums: Mapping[str, Tensor], *, layer: int) -> None:
+        """Add sums over hidden states where they are; :meth:`collect` brings them to ``stats``."""
+        for name, tensor in sums.items():
+            if not self._is_wanted(stats, name, tensor):
                 continue
-            if name not in group:
-                if "hidden" not in axes:
-                    continue  # another layer lacks it
-                group[name] = np.zeros((len(stats.model.layers), *tensor.shape))
-            if hold and "hidden" in axes:
-                if name not in self._held:  # the same additions in the same order, also in a run that goes on
-                    self._held[name] = torch.from_numpy(group[name][layer]).to(tensor.device, copy=True)
-                self._held[name] += tensor
-                continue
-            array = tensor.cpu().numpy()
-            into = group[name][domain, layer] if "domains" in axes else group[name][layer : layer + 1]
-            if "ranks" in axes:
-                array = array[: len(into)]
-                into[: len(array)] += array
-            elif "domains" in axes and into.ndim == 0:
-                group[name][domain, layer] += array
-            else:
-                into += array
+            if name not in self._held:  # the same additions in the same order, also in a run that goes on
+                self._held[name] = torch.from_numpy(stats.group(name)[name][layer]).to(tensor.device, copy=True)
+            self._held[name] += tensor
 
     def collect(self, stats: Stats, *, layer: int) -> None:
         """Write to ``stats`` the sums that were held."""
         for name, tensor in self._held.items():
             if name in stats.group(name):
                 stats.group(name)[name][layer] = tensor.cpu().numpy()
+
+    def add_to(self, stats: Stats, sums: Mapping[str, np.ndarray], *, domain: int, layer: int) -> None:
+        """Add sums to ``stats``, whose arrays decide what is added."""
+        for name, array in sums.items():
+            if name == "tokens":
+                continue
+            if QUANTITIES[name].halved:
+                self._add_halved(stats, name, array, at=(domain, layer))
+            elif self._is_wanted(stats, name, array):
+                into, axes = stats.group(name)[name], QUANTITIES[name].axes
+                at: tuple[Any, ...] = (domain, layer) if "domains" in axes else (layer,)
+                if "ranks" in axes:  # a call may have more or fewer weights a token than the model's top-k
+                    array = array[: into.shape[2]]
+                    at = (*at, slice(len(array)))
+                into[at] += array
+
+    def _is_wanted(self, stats: Stats, name: str, array: Tensor | np.ndarray) -> bool:
+        """Whether ``stats`` has a place for a sum; for one over hidden states it is made here, as its size is known."""
+        if name not in self.given or name not in at_level(stats.statistics):
+            return False
+        if name not in stats.group(name) and "hidden" in QUANTITIES[name].axes:
+            stats.group(name)[name] = np.zeros((len(stats.model.layers), *array.shape))
+        return name in stats.group(name)  # another layer may lack it
 
     def _add_halved(self, stats: Stats, name: str, array: np.ndarray, *, at: tuple[int, int]) -> None:
         if name not in stats.experts:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -25,6 +26,7 @@ from moeprune.calibrate.quantities import QUANTITIES, at_level
 from moeprune.calibrate.reservoir import Reservoir
 from moeprune.calibrate.sample import TokenSample
 from moeprune.calibrate.stats import Stats
+from moeprune.calibrate.transfer import to_host
 from moeprune.errors import UnsupportedModelError
 from moeprune.facts import ModelFacts
 
@@ -61,7 +63,8 @@ class Observer:
         self._names = set(at_level(statistics))
         self._sample = sample if statistics == "full" else None
         self._paths = experts
-        self._masks: dict[bool, Batch] = {}
+        self._batches: dict[bool, Batch] = {}
+        self._placed: dict[tuple[bool, torch.device], Batch] = {}
         self._domain: str | None = None
         self._lacking: set[str] = set()
         encoder: set[int] = set()
@@ -146,14 +149,15 @@ class Observer:
                 of it. Without them even and odd rows are not told apart, and nothing is sampled.
         """
         numbers = None if rows is None else torch.as_tensor(rows, dtype=torch.long)
-        self._masks = {
+        self._batches = {
             in_encoder: self._batch(given, numbers) for in_encoder, given in ((False, mask), (True, encoder))
         }
+        self._placed = {}
 
     def finish(self, stats: Stats, *, domain: str, tokens: int, hold: bool = False) -> None:
         """Add the sums since :meth:`start` to ``stats`` under ``domain``; ``tokens`` of text were run.
 
-        With ``hold``, sums over hidden states, the largest by far, stay on the devices of their layers until
+        With ``hold``, sums over hidden states, the largest by far, stay on the accelerators of their layers until
         :meth:`collect`: those of a model with 58 layers, 256 experts and a hidden size of 7168 are 1.7 GB.
 
         A layer that the model did not call, such as the vision experts of a model that was given text alone, adds
@@ -167,8 +171,9 @@ class Observer:
         if not all(self._layers[index].told_apart for index in called):
             stats.halves.clear()
         at = stats.domains.index(domain)
-        for index in called:
-            self._layers[index].add_to(stats, domain=at, layer=index, hold=hold)
+        arrays = self._brought(stats, called, hold=hold)
+        for index, sums in arrays.items():
+            self._layers[index].add_to(stats, sums, domain=at, layer=index)
         for name in self._lacking:
             stats.group(name).pop(name, None)
             stats.halves.pop(name, None)
@@ -176,8 +181,25 @@ class Observer:
         if stats.halves and tokens:
             # Every layer sees every token of its half of the model once: one layer of each speaks for all.
             for place in {self._in_encoder[index]: index for index in called}.values():
-                stats.halves["tokens"][:, at] += self._layers[place].tokens_by_half
+                stats.halves["tokens"][:, at] += arrays[place]["tokens"]
         stats.add_up()
+
+    def _brought(self, stats: Stats, called: Sequence[int], *, hold: bool) -> dict[int, dict[str, np.ndarray]]:
+        """The sums of the layers that were called, in the memory of the host, except for those that are held."""
+        here: list[tuple[int, str, Tensor]] = []
+        held: list[tuple[int, dict[str, Tensor]]] = []
+        for index in called:
+            sums = self._layers[index].sums()
+            stay = [name for name, tensor in sums.items() if hold and is_better_held(name, tensor)]
+            held.append((index, {name: sums.pop(name) for name in stay}))
+            here += [(index, name, tensor) for name, tensor in sums.items()]
+        arrays: dict[int, dict[str, np.ndarray]] = {index: {} for index in called}
+        # What a device failed at is told where its results are read first, which is before anything is added.
+        for (index, name, _), array in zip(here, to_host([tensor for *_, tensor in here]), strict=True):
+            arrays[index][name] = array
+        for index, sums in held:
+            self._layers[index].hold(stats, sums, layer=index)
+        return arrays
 
     def collect(self, stats: Stats) -> None:
         """Write to ``stats`` what :meth:`finish` held."""
@@ -186,23 +208,32 @@ class Observer:
 
     def _batch(self, mask: Bool[Tensor, "batch length"] | None, rows: Int[Tensor, " batch"] | None) -> Batch:
         if mask is None:
-            return Batch(None, None, None, None)
+            return Batch()
         odd = None if rows is None else (rows % 2 == 1).repeat_interleave(mask.shape[1])
         sampled = slots = None
         if self._sample is not None and rows is not None:
             assert self._domain is not None, "start() must be given the domain"
-            sampled, slots = self._sample.slots(self._domain, rows, mask.shape[1])
+            chosen, slots = self._sample.slots(self._domain, rows, mask.shape[1])
+            sampled = chosen.nonzero().squeeze(-1)
         return Batch(mask.reshape(-1), odd, sampled, slots)
 
     def _add(self, index: int, seen: Seen) -> None:
-        batch = self._masks.get(self._in_encoder[index], Batch(None, None, None, None))
+        batch = self._batches.get(self._in_encoder[index], Batch())
         if batch.mask is not None and batch.mask.shape[0] != seen.weights.shape[0]:
             raise UnsupportedModelError(
                 f"{self._paths[index]} was given {seen.weights.shape[0]} tokens for a batch of {batch.mask.shape[0]}: "
                 "this model does not run its experts on every token that it reads, once, so that its statistics would "
                 "not be those of the text."
             )
-        self._layers[index].add(seen, batch.on(seen.gates.device))
+        where = self._in_encoder[index], seen.gates.device
+        if where not in self._placed:
+            self._placed[where] = batch.on(seen.gates.device)
+        self._layers[index].add(seen, self._placed[where])
+
+
+def is_better_held(name: str, tensor: Tensor) -> bool:
+    """Whether a sum is large and far from the memory of the host."""
+    return name in QUANTITIES and "hidden" in QUANTITIES[name].axes and tensor.device.type != "cpu"
 
 
 def _kind_at(model: PreTrainedModel, path: str) -> Kind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from moeprune.calibrate.schedule import Batch, schedule
 from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.stopping import EarlyStop
 from moeprune.calibrate.until import Until, outcome, stop_early
-from moeprune.errors import MoePruneError
+from moeprune.errors import MoePruneError, RoomError
 from moeprune.facts import ModelFacts
 from moeprune.interrupts import Interrupted, Signals, interruptible
 
@@ -104,7 +104,8 @@ class _Pass:
     """One rank's part of the text.
 
     Attributes:
-        stats: Its sums so far, always those of whole batches; some of them lie with the observer until the end.
+        stats: Its sums so far: those of whole batches, unless adding one failed. Some lie with the observer until the
+            end.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class _Pass:
         self._batches = batches
         self._mine = ranks.share(len(batches))
         self._done = int(progress.get("batches", 0))
+        self._is_whole = True
         self._seconds = float(progress.get("seconds", 0.0))
         self._begun = time.perf_counter()
         self._quiet = quiet or not ranks.is_first
@@ -137,11 +139,25 @@ class _Pass:
         except MoePruneError:
             raise  # these sums are not what they should be, or can be had again at once
         except BaseException as error:
-            if self._partial is not None and self._done:
-                self._save()
-            if isinstance(error, Interrupted) and self._partial is not None:
-                error.note = f"{self._partial.folder} holds {self._note()}; the same command goes on from there."
+            note = self._kept()
+            if isinstance(error, Interrupted):
+                error.note = note
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RoomError(
+                    f"the GPU has no memory left for batches of {self._batches[0].batch_size} rows. Give a smaller "
+                    f"--batch-size, or run layer by layer: --stream. {note}".rstrip()
+                ) from error
             raise
+
+    def _kept(self) -> str:
+        """Save the sums because the run ends, and say so."""
+        if self._partial is None or not self._done or not self._is_whole:
+            return ""
+        try:
+            self._save(self._partial.save)
+        except (RuntimeError, OSError) as error:  # of a device that failed, or a disk: what ends the run is told
+            return f"Its sums could not be saved ({error})."
+        return f"{self._partial.folder} holds {self._note()}; the same command goes on from there."
 
     def _run(self, stop: EarlyStop, signals: Signals) -> None:
         checks = self._until.boundaries(len(self._batches)) if self._until is not None else []
@@ -160,7 +176,7 @@ class _Pass:
                     if self._stopped is not None:
                         break
         if self._partial is not None and self._ranks.world > 1:
-            self._save()  # another rank may still fail
+            self._save(self._partial.try_to_save)  # another rank may still fail
 
     def _one(self, batch: Batch, stop: EarlyStop, signals: Signals, bar: Any) -> None:
         bar.set_postfix_str(batch.domain, refresh=False)
@@ -168,16 +184,17 @@ class _Pass:
         self._observer.start(batch.domain)
         stop.run(lambda: run_decoder(self._model, rows, self._observer, numbers=batch.numbers))
         with signals.held():
+            self._is_whole = False
             self._observer.finish(self.stats, domain=batch.domain, tokens=rows.num_tokens, hold=True)
             self._done += 1
+            self._is_whole = True
         bar.update(rows.num_tokens)
         if self._partial is not None and self._partial.is_due:
-            self._save()
+            self._save(self._partial.try_to_save)
 
-    def _save(self) -> None:
-        assert self._partial is not None
+    def _save(self, save: Callable[[Stats, dict[str, Any]], None]) -> None:
         self._observer.collect(self.stats)
-        self._partial.save(self.stats, self._progress())
+        save(self.stats, self._progress())
 
     def _progress(self) -> dict[str, Any]:
         rows = dict.fromkeys(self.stats.domains, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moeprune.calibrate.sample import TokenSample
 from moeprune.checkpoint.header import encode_header
-from moeprune.errors import StatsError
+from moeprune.errors import RoomError, StatsError
 from moeprune.facts import ModelFacts
 
 NAME = "inputs"
@@ -38,7 +39,8 @@ class Reservoir:
             fresh: Make the file; otherwise another process has made it.
 
         Raises:
-            StatsError: If a file that was begun is of another model or another sample.
+            StatsError: If a file that was begun is missing, or of another model or another sample.
+            RoomError: If the file cannot be made.
         """
         shape = (len(model.layers), sample.num_tokens, hidden)
         places = np.stack([sample.domain, sample.row, sample.position]).astype(np.int64)
@@ -49,10 +51,12 @@ class Reservoir:
         )
         begin = len(header) + places.nbytes
         if fresh:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(header + places.tobytes())
-                file.truncate(begin + int(np.prod(shape)) * 2)
+            _make(path, header + places.tobytes(), size=begin + int(np.prod(shape)) * 2)
+        elif not path.is_file():
+            raise StatsError(
+                f"{path}: the layer inputs that a run had begun to keep are not there. Several machines need a folder "
+                "that they share; where the file was removed, remove the unfinished sums (OUT.partial), too."
+            )
         else:
             with path.open("rb") as file:
                 if file.read(begin) != header + places.tobytes():
@@ -66,6 +70,26 @@ class Reservoir:
     def close(self) -> None:
         """Write what is still in memory."""
         self._words.flush()
+
+
+def _make(path: Path, begin: bytes, *, size: int) -> None:
+    """Make a file of ``size`` bytes, zeros after ``begin``, with its room on the disk reserved.
+
+    Writing through a memory map to a disk that is full ends a process without a word.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(begin)
+            file.truncate(size)
+            file.flush()
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise RoomError(
+            f"{path}: a file of {size / 1e9:.2f} GB for the inputs of the sampled tokens cannot be made there "
+            f"({error.strerror}). Give another place with --keep-inputs, or leave it out."
+        ) from error
 
 
 def read_inputs(path: Path, model: ModelFacts, *, layer: int) -> Float[Tensor, "tokens hidden"]:

@@ -77,6 +77,7 @@ class Partial:
 
         Raises:
             StatsError: If a sum is not finite, naming layer and expert.
+            OSError: If the file cannot be written.
         """
         stats.check("calibration")
         runs, stats.runs = stats.runs, [{KEY: {**progress, "inputs": dict(self.inputs)}}]
@@ -85,6 +86,21 @@ class Partial:
         finally:
             stats.runs = runs
         self._saved = time.monotonic()
+
+    def try_to_save(self, stats: Stats, progress: Mapping[str, Any]) -> None:
+        """Write the sums so far; where that is not possible, say so and go on, because all there is now is in memory.
+
+        Raises:
+            StatsError: If a sum is not finite, naming layer and expert.
+        """
+        try:
+            self.save(stats, progress)
+        except OSError as error:
+            self._saved = time.monotonic()
+            self.say(
+                f"{self.folder}: unfinished sums cannot be saved ({error.strerror or error}). The run goes on; if it "
+                "is stopped now, it starts again from what was saved before."
+            )
 
     @property
     def is_due(self) -> bool:

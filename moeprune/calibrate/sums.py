@@ -12,6 +12,7 @@ from moeprune.calibrate.experts.seen import Seen
 from moeprune.calibrate.quantities import NUM_BINS
 
 CACHE_ELEMENTS = 131_072
+DEVICE_ELEMENTS = 1 << 26  # 256 MiB in float32
 MAX_RANKS = 64
 SUM_COLUMNS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
 
@@ -150,23 +151,26 @@ def norms_and_peaks(
 ) -> tuple[Float[Tensor, " slots"], Float[Tensor, " slots"]]:
     """L2 norm and largest absolute element of every row, in float32.
 
-    On a CPU the rows are taken in pieces that stay in its cache: memory that is written once and read once, such as a
-    float32 copy of everything, would cost more than all the arithmetic here.
+    Rows are taken in pieces: on a CPU such as stay in its cache, because memory that is written once and read once,
+    such as a float32 copy of everything, would cost more than all the arithmetic here. A GPU widens values as it reads
+    them and needs no copy, unless there is a ``visit``.
     """
     norms, peaks = [], []
     for rows in pieces(outputs):
-        values = outputs[rows].float()
-        norms.append(torch.linalg.vector_norm(values, dim=-1))
-        peaks.append(torch.maximum(values.amax(-1), -values.amin(-1)))
+        values = outputs[rows]
+        if visit is not None or values.device.type == "cpu":
+            values = values.float()
+        norms.append(torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32))
+        peaks.append(torch.maximum(values.amax(-1), -values.amin(-1)).float())
         if visit is not None:
             visit(rows, values)
     return torch.cat(norms), torch.cat(peaks)
 
 
 def pieces(values: Tensor) -> list[slice]:
-    """The rows of ``values`` in pieces that fit a CPU's cache; elsewhere all of them at once."""
+    """The rows of ``values`` in pieces that fit a CPU's cache, or that bound what copies of them take on a GPU."""
     total = values.shape[0]
-    step = max(1, CACHE_ELEMENTS // values.shape[-1]) if values.device.type == "cpu" else max(1, total)
+    step = max(1, (CACHE_ELEMENTS if values.device.type == "cpu" else DEVICE_ELEMENTS) // values.shape[-1])
     return [slice(begin, min(begin + step, total)) for begin in range(0, max(total, 1), step)]
 
 

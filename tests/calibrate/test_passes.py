@@ -8,7 +8,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moeprune.anatomy.derive import derive_anatomy
 from moeprune.calibrate.data import Rows
 from moeprune.calibrate.decoder import run_decoder
-from moeprune.calibrate.observer import Observer
 from moeprune.calibrate.passes import collect_stats
 from moeprune.errors import StatsError, UnsupportedModelError
 from tests.calibrate.reference import assert_close, experts_of, observe, random_rows
@@ -47,29 +46,6 @@ def test_the_batch_size_does_not_change_the_sums(model, batch_size):
 def test_two_runs_give_the_same_bits(model):
     rows = random_rows("text", rows=5, padding=3)
     assert_close(observe(model, rows), observe(model, rows), rtol=0)
-
-
-def test_sums_that_stay_with_their_layers_are_those_that_are_brought_after_every_batch(model, monkeypatch):
-    def run():
-        anatomy = derive_anatomy(model.config)
-        rows = [random_rows("first", rows=5, padding=3), random_rows("second", rows=3, seed=1)]
-        return collect_stats(
-            model, anatomy=anatomy, facts=anatomy.facts(name="tiny", fingerprint="f" * 64), domains=rows, batch_size=2,
-            quiet=True, statistics="merge",
-        )  # fmt: skip
-
-    brought, holds = [], []
-    with monkeypatch.context() as patched:
-        collect, finish = Observer.collect, Observer.finish
-        patched.setattr(Observer, "collect", lambda self, stats: (brought.append(1), collect(self, stats)))
-        patched.setattr(Observer, "finish", lambda *a, hold, **k: (holds.append(hold), finish(*a, hold=hold, **k)))
-        held = run()
-    assert brought == [1] and holds == [True] * 5
-    monkeypatch.setattr(Observer, "finish", lambda *a, hold, **k: finish(*a, **k))
-    at_once = run()
-    for name, array in at_once.arrays():
-        np.testing.assert_array_equal(dict(held.arrays())[name], array, err_msg=name)
-    assert "output_sum" in held.more and "gated_output_sum" in held.more
 
 
 def test_domains_are_kept_apart(model):

@@ -1,5 +1,6 @@
 """A calibration run that was stopped goes on to the very statistics of one that was not."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -75,11 +76,8 @@ def test_a_run_stopped_by_a_signal_goes_on_where_it_was(model, tmp_path, number,
         run(model, tmp_path / "partial")
     hook.remove()
     assert stopped.value.status == 128 + signum
-    if number > 1:
-        assert str(stopped.value) == (
-            f"stopped by {signum.name}. {tmp_path / 'partial'} holds the sums of {number - 1} of 5 batches; the same "
-            "command goes on from there."
-        )
+    kept = f" {tmp_path / 'partial'} holds the sums of {number - 1} of 5 batches; the same command goes on from there."
+    assert str(stopped.value) == f"stopped by {signum.name}.{kept if number > 1 else ''}"
     calls = batches_run(model)
     again = run(model, tmp_path / "partial")
     assert len(calls) == NUM_BATCHES - (number - 1)
@@ -115,6 +113,25 @@ def test_sums_are_saved_as_often_as_asked(model, tmp_path, monkeypatch):
     saves.clear()
     run(model, tmp_path, every=3600)
     assert not saves
+
+
+def full_disk(self, path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_full_disk_does_not_end_a_run_that_is_still_to_be_finished(model, tmp_path, monkeypatch):
+    unbroken, said = run(model), []
+    monkeypatch.setattr(Stats, "save", full_disk)
+    assert_same_bits(run(model, tmp_path, every=0, say=said.append), unbroken)
+    assert len(said) == NUM_BATCHES
+    assert said[0].startswith(f"{tmp_path}: unfinished sums cannot be saved (No space left on device). The run goes on")
+
+
+def test_a_signal_with_a_full_disk_still_is_a_signal(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stats, "save", full_disk)
+    at_batch(model, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM\. Its sums could not be saved \(.*No space left"):
+        run(model, tmp_path)
 
 
 def test_sums_that_are_not_finite_are_not_kept(model, tmp_path):

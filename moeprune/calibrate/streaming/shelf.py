@@ -64,7 +64,13 @@ class DiskShelf(Shelf):
 
     def __init__(self, folder: Path, table: dict[str, list[Any]] | None = None):
         super().__init__()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MoePruneError(
+                f"{folder}: no folder for hidden states can be made there ({error.strerror}). Give another with "
+                "--offload-hidden."
+            ) from error
         for file in folder.glob("*.bin"):
             if file.stem not in (table or {}):
                 file.unlink()
@@ -95,9 +101,7 @@ class DiskShelf(Shelf):
         try:
             self.table[name].append(encode(nest, file))
         except OSError as error:
-            raise MoePruneError(
-                f"{self._folder}: hidden states cannot be written ({error.strerror}). Give a folder on a larger disk."
-            ) from error
+            raise self._unwritable(error) from error
 
     def get(self, name: str, batch: int, *, device: torch.device, last: bool) -> Any:
         """A nest, read anew."""
@@ -109,7 +113,15 @@ class DiskShelf(Shelf):
     def complete(self, name: str) -> None:
         """Wait until a file is on the disk, so that a run that is killed later can go on from it."""
         if name in self._open:
-            os.fsync(self._open[name].fileno())
+            try:
+                os.fsync(self._open[name].fileno())
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> MoePruneError:
+        return MoePruneError(
+            f"{self._folder}: hidden states cannot be written ({error.strerror}). Give a folder on a larger disk."
+        )
 
     def drop(self, name: str) -> None:
         """Delete a file."""

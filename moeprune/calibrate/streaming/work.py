@@ -163,7 +163,7 @@ class Work:
         self._next = position + 1
         if self._partial is not None:
             state = self._stream.state(position)
-            self._partial.save(stats, {"layers": self._next, "of": of, "seconds": self._spent(), "state": state})
+            self._partial.try_to_save(stats, {"layers": self._next, "of": of, "seconds": self._spent(), "state": state})
         self._stream.tidy(position)
 
     def _note(self) -> str:
