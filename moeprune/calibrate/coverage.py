@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from moeprune.calibrate.load import load_entropy
@@ -22,6 +22,10 @@ SUPER_SHARE = 0.1
 SUPER_DEPTH = 0.75
 
 
+Spread = tuple[int, float, int]
+"""Fewest, median and most tokens of an expert."""
+
+
 @dataclass(frozen=True)
 class LayerCoverage:
     """Tokens an expert in one layer.
@@ -30,7 +34,8 @@ class LayerCoverage:
         layer: Its path.
         load_entropy: Entropy of the load over that of an even one: 1 is even.
         busiest: Tokens of the busiest expert over the mean.
-        tokens: Fewest, median and most tokens of an expert, by domain.
+        total: Tokens of an expert over all domains.
+        tokens: The same by domain.
         starved: Experts with fewer than :data:`STARVED_TOKENS` tokens over all domains, but some.
         never_routed: Experts without a token.
     """
@@ -38,9 +43,29 @@ class LayerCoverage:
     layer: str
     load_entropy: float
     busiest: float
-    tokens: dict[str, tuple[int, float, int]]
+    total: Spread
+    tokens: dict[str, Spread]
     starved: tuple[int, ...]
     never_routed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DomainCoverage:
+    """Tokens an expert in one domain, over all layers that any token reached.
+
+    Attributes:
+        domain: Its name.
+        text: Tokens of its text.
+        tokens: Tokens of an expert.
+        starved: How many experts it gave fewer than :data:`STARVED_TOKENS` tokens, but some.
+        never_routed: How many it gave none.
+    """
+
+    domain: str
+    text: int
+    tokens: Spread
+    starved: int
+    never_routed: int
 
 
 @dataclass(frozen=True)
@@ -82,15 +107,23 @@ def layer_coverage(stats: Stats) -> list[LayerCoverage]:
                 layer=name,
                 load_entropy=float(entropy[index]),
                 busiest=float(load.max() / load.mean()),
-                tokens={
-                    domain: (int(row.min()), float(np.median(row)), int(row.max()))
-                    for domain, row in zip(stats.domains, counts[:, index], strict=True)
-                },
-                starved=tuple(int(i) for i in np.flatnonzero((load > 0) & (load < STARVED_TOKENS))),
+                total=_spread(load),
+                tokens={domain: _spread(row) for domain, row in zip(stats.domains, counts[:, index], strict=True)},
+                starved=tuple(int(i) for i in np.flatnonzero(_starved(load))),
                 never_routed=tuple(int(i) for i in np.flatnonzero(load == 0)),
             )
         )
     return found
+
+
+def domain_coverage(stats: Stats) -> list[DomainCoverage]:
+    """Tokens an expert, domain by domain; domains without text and layers that no token reached are left out."""
+    reached = [name not in stats.unseen_layers for name in stats.model.layers]
+    return [
+        DomainCoverage(domain, int(tokens), _spread(load), int(_starved(load).sum()), int((load == 0).sum()))
+        for domain, tokens, load in zip(stats.domains, stats.tokens, stats.experts["count"][:, reached], strict=True)
+        if tokens and any(reached)
+    ]
 
 
 def super_experts(stats: Stats) -> list[SuperExpert] | None:
@@ -111,6 +144,14 @@ def super_experts(stats: Stats) -> list[SuperExpert] | None:
     early = np.arange(len(peaks)) < SUPER_DEPTH * len(peaks)
     at = sorted(zip(*np.nonzero(above & early[:, None]), strict=True), key=lambda place: -peaks[place])
     return [SuperExpert(stats.model.layers[layer], int(expert), float(peaks[layer, expert])) for layer, expert in at]
+
+
+def _spread(load: Float64[ndarray, "..."]) -> Spread:
+    return int(load.min()), float(np.median(load)), int(load.max())
+
+
+def _starved(load: Float64[ndarray, "..."]) -> Bool[ndarray, "..."]:
+    return (load > 0) & (load < STARVED_TOKENS)
 
 
 def agreement(stats: Stats, *, score: str = "reap", keep: float = 0.5) -> list[Agreement]:

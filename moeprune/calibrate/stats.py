@@ -111,11 +111,11 @@ class Stats:
         try:
             stats = cls(
                 model=ModelFacts.model_validate(header["model"]),
-                domains=tuple(header["domains"]),
+                domains=tuple(stats_file.texts(header["domains"])),
                 tokens=arrays["tokens"],
                 experts={},
                 layers={},
-                runs=header["runs"],
+                runs=[dict(run) for run in header["runs"]],
                 statistics=header.get("statistics", "standard"),
                 format=header["format"],
             )
@@ -282,11 +282,12 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
         parts: At least one; all of the same model.
 
     Raises:
-        StatsError: If they belong to different models.
+        StatsError: If they belong to different models, or two of them saw the same text.
     """
     assert parts, "merge_stats needs at least one part"
     first = parts[0].model
     check_same_model(parts, what="merged")
+    _check_counted_once(parts)
     saw = [part for part in parts if part.tokens.any()] or list(parts)
     merged = Stats.zeros(
         first,
@@ -302,6 +303,18 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
         _add(merged, part)
     merged.add_up()
     return merged
+
+
+def _check_counted_once(parts: Sequence[Stats]) -> None:
+    seen: dict[str, tuple[int, str]] = {}
+    for place, part in enumerate(parts, start=1):
+        for domain, text in ((name, sha) for run in part.runs for name, sha in run.get("text", {}).items()):
+            before, name = seen.setdefault(text, (place, domain))
+            if before != place:
+                raise StatsError(
+                    f"the text of {domain!r} in statistics {place} of {len(parts)} is that of {name!r} in statistics "
+                    f"{before}: merged, it would count twice. Leave one of them out."
+                )
 
 
 def _add(merged: Stats, part: Stats) -> None:

@@ -67,9 +67,22 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
+def texts(values: Any) -> list[str]:
+    """A list of texts from JSON.
+
+    Raises:
+        TypeError: If it is anything else; a text alone is a sequence of texts to Python.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"expected a list of names, got {values!r}")
+    return values
+
+
 def check_shapes(stats: Stats, origin: Path | str) -> None:
-    """Refuse an array that is not over what its name says."""
+    """Refuse an array that is not over what its name says, or has another dtype than all statistics."""
     domains = len(stats.domains)
+    if len(set(stats.domains)) < domains:
+        raise StatsError(f"{origin}: two domains of the same name, {list(stats.domains)}. Calibrate again.")
     for key, array in stats.arrays():
         group, _, name = key.rpartition(".")
         if name == "tokens":
@@ -82,10 +95,14 @@ def check_shapes(stats: Stats, origin: Path | str) -> None:
         expected = (2, *expected) if group == "halves" else expected
         if array.shape != expected:
             raise StatsError(f"{origin}: {name} has shape {list(array.shape)}, expected {list(expected)}.")
+        if array.dtype != np.float64:
+            raise StatsError(f"{origin}: {name} is {array.dtype}, expected float64. Calibrate again.")
 
 
 def check_finite(stats: Stats, origin: Path | str) -> None:
     """Refuse a value that is not finite, naming layer, expert and domain as far as the array is over them."""
+    if not np.isfinite(stats.tokens).all():
+        raise StatsError(f"{origin}: the number of tokens by domain is {stats.tokens.tolist()}. Calibrate again.")
     found: list[tuple[dict[str, int], str]] = []
     for name, quantity in QUANTITIES.items():
         array = stats.group(name).get(name)

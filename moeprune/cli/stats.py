@@ -27,6 +27,8 @@ def merge(
 ) -> None:
     """Add statistics of several runs; the result equals one run over all their texts.
 
+    Text that two of them saw would count twice and is refused. Of `--stats full` it holds the samples of all.
+
     Example: `moeprune stats merge code.safetensors math.safetensors --out both.safetensors`
     """
     refuse_existing(out, force=force)
@@ -43,7 +45,8 @@ def show(
     file: Annotated[Path, typer.Argument(help="A statistics file.")],
     score: Score = "reap",
     keep: Keep = 0.5,
-    plot: Annotated[Path | None, typer.Option(help="Draw tokens by layer and expert into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens by layer and expert into this .png file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --plot.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a statistics file saw: tokens an expert, experts to beware of, how well domains and halves agree.
@@ -52,7 +55,12 @@ def show(
     """
     from moeprune.calibrate.stats import Stats
     from moeprune.cli.stats_text import lines
+    from moeprune.errors import MoePruneError
 
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise MoePruneError(f"--plot {plot}: expected a name that ends in .png.")
+        refuse_existing(plot, force=force)
     stats = Stats.load(file)
     facts = describe(stats, score=score, keep=keep)
     if plot is not None:
@@ -100,15 +108,16 @@ def describe(stats: Stats, *, score: str = "reap", keep: float = 0.5) -> dict[st
     """
     from dataclasses import asdict
 
-    from moeprune.calibrate.coverage import agreement, layer_coverage, super_experts
-    from moeprune.calibrate.reliability import split_half, usable_scores
+    from moeprune.calibrate.coverage import STARVED_TOKENS, agreement, domain_coverage, layer_coverage, super_experts
+    from moeprune.calibrate.reliability import NO_TEXT, split_half, usable_scores
     from moeprune.score import SCORES
 
     counts = stats.experts["count"].sum(axis=0)
     criterion = SCORES.get(score)
     found = super_experts(stats)
     layers = layer_coverage(stats)
-    halves = [split_half(stats, score=name, keep=keep) for name in usable_scores(stats)]
+    known = usable_scores(stats)
+    halves = [split_half(stats, score=name, keep=keep) for name in known]
     usable = criterion.by_domain and not criterion.missing(stats)
     return {
         "model": stats.model.name,
@@ -118,15 +127,22 @@ def describe(stats: Stats, *, score: str = "reap", keep: float = 0.5) -> dict[st
         "experts": int(counts.size),
         "never_routed": int((counts == 0).sum()),
         "starved": sum(len(layer.starved) for layer in layers),
+        "starved_below": STARVED_TOKENS,
         "unseen_layers": list(stats.unseen_layers),
         "absent": list(stats.absent),
+        "why_absent": stats.why_absent(stats.absent[0]) if stats.absent else None,
+        "runs": stats.runs,
+        "coverage": [asdict(domain) for domain in domain_coverage(stats)],
         "layers": [asdict(layer) for layer in layers],
         "super_experts": None if found is None else [asdict(expert) for expert in found],
         "score": score,
         "keep": keep,
-        "agreement": [asdict(pair) for pair in agreement(stats, score=score, keep=keep)] if usable else [],
+        "agreement": [asdict(pair) for pair in agreement(stats, score=score, keep=keep)] if usable else None,
         "reliability": [
             {"score": half.score, "correlation": half.mean, "overlap": half.mean_overlap, "layers": len(half.layers)}
             for half in halves
+        ],
+        "reliability_unknown": [
+            name for name in SCORES if name not in {*known, *NO_TEXT} and not SCORES.get(name).missing(stats)
         ],
     }

@@ -42,7 +42,10 @@ HEADER_EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda header: header.pop("format"), "damaged header ('format')"),
     (lambda header: header.pop("model"), "damaged header ('model')"),
     (lambda header: header.pop("runs"), "damaged header ('runs')"),
-    (lambda header: header.update(domains=3), "damaged header ('int' object is not iterable)"),
+    (lambda header: header.update(domains=3), "damaged header (expected a list of names, got 3)"),
+    (lambda header: header.update(domains="ab"), "damaged header (expected a list of names, got 'ab')"),
+    (lambda header: header.update(domains=["a", "a"]), "two domains of the same name"),
+    (lambda header: header.update(runs=["a run"]), "damaged header"),
     (lambda header: header.update(domains=["a", "b", "c"]), "tokens has shape [2], expected [3]"),
     (lambda header: header.update(format="x"), "damaged header (invalid literal"),
     (lambda header: header.update(format=None), "damaged header (int() argument"),
@@ -72,3 +75,25 @@ def test_statistics_whose_header_is_no_object(tmp_path, text):
     path = tmp_path / "stats.safetensors"
     save_file({"tokens": torch.zeros(2)}, path, metadata={"moeprune": text})
     assert "statistics with a damaged header" in stats_error(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_arrays_of_another_dtype_would_lose_digits_when_files_are_merged(tmp_path, dtype):
+    path = tmp_path / "stats.safetensors"
+    rewritten(path, lambda arrays: arrays.update({"experts.count": arrays["experts.count"].to(dtype)}))
+    assert f"count is {str(dtype).removeprefix('torch.')}, expected float64" in stats_error(path)
+
+
+def test_a_number_of_tokens_that_is_none(tmp_path):
+    path = tmp_path / "stats.safetensors"
+    rewritten(path, lambda arrays: arrays["tokens"].fill_(torch.nan))
+    assert stats_error(path) == f"{path}: the number of tokens by domain is [nan, nan]. Calibrate again."
+
+
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    Stats.zeros(facts(), domains=["a", "b"]).save(path)
+    arrays = load_file(path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    change(arrays)
+    save_file(arrays, path, metadata=metadata)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moeprune.calibrate.calibrate import record
 from moeprune.calibrate.data import Rows
 from moeprune.calibrate.stats import merge_stats
 from moeprune.errors import StatsError
@@ -64,3 +65,29 @@ def test_statistics_of_another_model_are_refused():
     assert str(error.value) == (
         "statistics of different models cannot be merged: tiny (abababababab) and big (cdcdcdcdcdcd)."
     )
+
+
+def test_text_that_two_parts_saw_is_not_counted_twice():
+    """A file merged with itself, or with one that it is already part of, as `stats merge *.safetensors` would do."""
+    code, both = fake_stats(), fake_stats()
+    code.runs = [{"text": {"code": "aa", "math": "bb"}}]
+    both.runs = [{"text": {"web": "cc"}}, {"text": {"python": "aa"}}]
+    with pytest.raises(StatsError) as error:
+        merge_stats([code, both])
+    assert str(error.value) == (
+        "the text of 'python' in statistics 2 of 2 is that of 'code' in statistics 1: merged, it would count twice. "
+        "Leave one of them out."
+    )
+    both.runs = [{"text": {"web": "cc", "web again": "cc"}}, {}]
+    assert merge_stats([code, both]).runs == code.runs + both.runs, "text given twice to one run is its user's choice"
+
+
+def test_a_run_records_its_text_whatever_its_domain_is_called():
+    def recorded(rows):
+        return record([rows], seed=0, dtype="float32", device="cpu")["text"]
+
+    rows = random_rows("code", rows=6)
+    (text,) = recorded(rows).values()
+    assert recorded(Rows("again", rows.ids, rows.mask)) == {"again": text}
+    assert recorded(random_rows("code", rows=6, seed=1)) != {"code": text}
+    assert recorded(Rows("code", rows.ids, rows.mask, segments=rows.ids * 0)) != {"code": text}

@@ -248,6 +248,6 @@ def test_showing_statistics_names_what_is_absent(partial, tmp_path):
     for name, stats, said in (("partial", partial, True), ("whole", fake_stats(), False)):
         stats.save(tmp_path / name)
         shown = CliRunner().invoke(app, ["stats", "show", str(tmp_path / name)], catch_exceptions=False).stdout
-        assert ("these statistics have no norm_sum, no norm_sq_sum, no max_abs" in shown) == said
+        assert ("without norm_sum, norm_sq_sum, max_abs, which calibration does not give for" in shown) == said
         as_json = CliRunner().invoke(app, ["stats", "show", str(tmp_path / name), "--json"], catch_exceptions=False)
         assert json.loads(as_json.stdout)["absent"] == list(stats.absent)
