@@ -115,17 +115,15 @@ def check_space(out: Path, needed: int, *, partial: Path, keep: Collection[str] 
     Args:
         out: Where it goes.
         needed: Bytes still to be written.
-        partial: Folder of an earlier attempt, of which all but ``keep`` will be deleted.
+        partial: Folder of an earlier attempt, of which all but ``keep`` will be deleted, or is part of ``needed``.
         keep: Files in it that stay.
 
     Raises:
         ExportError: If less is free.
     """
     free = shutil.disk_usage(existing_parent(out)).free
-    if partial.is_dir():
-        free += sum(
-            path.stat().st_blocks * 512 for path in partial.iterdir() if path.is_file() and path.name not in keep
-        )
+    kept = {partial / name for name in keep}
+    free += sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file() and path not in kept)
     if free < needed:
         raise ExportError(f"{out}: needs {size(needed)}, only {size(free)} are free on that disk.")
 
