@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -253,7 +252,7 @@ class Job:
         settings, ranks = self.settings, self.ranks
         inputs = {
             "model": self.source.facts.fingerprint,
-            "text": fingerprint_rows(self.rows),
+            "text": [[part.domain, part.sha256()] for part in self.rows],
             "batch_size": settings.batch_size,
             "statistics": settings.statistics,
             "keep_inputs": str(self.how.keep_inputs),
@@ -290,17 +289,6 @@ def _write(stats: Stats, out: Path) -> None:
             f"{out}: the statistics cannot be written ({error.strerror or error}). Make room there and give the same "
             f"command again: it goes on from what {partial_folder(out)} holds."
         ) from error
-
-
-def fingerprint_rows(rows: Sequence[Rows]) -> str:
-    """SHA-256 of everything that a model is given of some text."""
-    digest = hashlib.sha256()
-    for part in rows:
-        digest.update(f"{part.domain} {tuple(part.ids.shape)} {part.packing}".encode())
-        for tensor in (part.ids, part.mask, part.segments):
-            if tensor is not None:
-                digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_names(rows: Sequence[Rows], prompts: Sequence[Prompt]) -> None:
