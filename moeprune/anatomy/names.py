@@ -17,6 +17,8 @@ TOP_K = (
     "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
 )  # fmt: skip
 N_GROUP = ("n_group", "num_expert_group")
+# What configs of today call text_config, as checkpoints from before call it.
+FORMER_KEYS = {"text_config": ("language_config", "llm_config")}
 NUM_MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules")
 
 
@@ -40,9 +42,14 @@ class ConfigField:
     fixed: bool = False
 
     def within(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The object of a config.json that holds the number."""
+        """The object of a config.json that holds the number; it is added where config.json leaves all to defaults."""
         for key in self.path:
-            config = config[key]
+            spelled = next(
+                (name for name in (key, *FORMER_KEYS.get(key, ())) if isinstance(config.get(name), dict)), key
+            )
+            if not isinstance(config.get(spelled), dict):
+                config[spelled] = {}
+            config = config[spelled]
         return config
 
     def names_in(self, config: dict[str, Any], value: int) -> tuple[str, ...]:

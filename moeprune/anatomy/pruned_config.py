@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from moeprune.anatomy.anatomy import Anatomy
-from moeprune.anatomy.names import N_GROUP, NUM_MTP, ConfigField, find_field, text_config_of
+from moeprune.anatomy.names import (
+    N_GROUP,
+    NUM_EXPERTS,
+    NUM_MTP,
+    TOP_K,
+    ConfigField,
+    find_field,
+    groups_of,
+    text_config_of,
+)
 from moeprune.anatomy.skeleton import with_value
+from moeprune.errors import UnsupportedModelError
+from moeprune.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,6 +71,9 @@ def prune_config_json(
         n_group: 1 turns group-limited routing off, by ``n_group = topk_group = 1``: llama.cpp refuses equal numbers
             above 1 (src/llama-model.cpp:1369 at ggml 0.25.3). None leaves the groups as they are.
         mtp: ``"drop"`` sets the number of multi-token prediction layers to 0.
+
+    Raises:
+        UnsupportedModelError: If transformers would not read the counts of the plan from it.
     """
     config = copy.deepcopy(raw)
     anatomy.num_experts.write(config, num_experts)
@@ -68,9 +84,49 @@ def prune_config_json(
             if field.within(config).get("topk_method") == GROUPED_METHOD:
                 field.within(config)["topk_method"] = PLAIN_METHOD
     if mtp == "drop":
-        for holder in (config, anatomy.num_experts.within(config)):
-            holder |= dict.fromkeys(holder.keys() & set(NUM_MTP), 0)
+        _drop_mtp(config, anatomy)
+    _check_reading(config, anatomy, num_experts=num_experts, top_k=top_k, n_group=n_group)
     return config
+
+
+def _drop_mtp(config: dict[str, Any], anatomy: Anatomy) -> None:
+    """Say that there are no prediction layers, also in lists that have entries for them behind those of the others."""
+    holders = (config, anatomy.num_experts.within(config))
+    counts = (holder.get(name) for holder in holders for name in NUM_MTP)
+    num_mtp = max((count for count in counts if isinstance(count, int)), default=0)
+    num_layers = getattr(anatomy.text_config, "num_hidden_layers", 0)
+    for holder in holders:
+        holder |= dict.fromkeys(holder.keys() & set(NUM_MTP), 0)
+        for key, value in holder.items():
+            if num_mtp and isinstance(value, list) and len(value) == num_layers + num_mtp:
+                holder[key] = value[:num_layers]
+
+
+def _check_reading(
+    config: dict[str, Any], anatomy: Anatomy, *, num_experts: int, top_k: int, n_group: int | None
+) -> None:
+    """Read the config as transformers does: a name that it does not know would leave the counts of the original."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    model_type = anatomy.config.model_type
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        write_json(file, config | {"model_type": model_type}, allow_nan=True)
+        try:
+            read = type(anatomy.config).from_json_file(file)
+        except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+            raise UnsupportedModelError(
+                f"{model_type}: transformers refuses the config of the pruned model: {error}"
+            ) from error
+    for names, expected in ((NUM_EXPERTS, num_experts), (TOP_K, top_k)):
+        field = find_field(read, names)
+        if field is not None and field.value != expected:
+            raise UnsupportedModelError(
+                f"{model_type}: transformers would read {field.name} = {field.value} from the config of the pruned "
+                f"model, which should say {expected}. The place where config.json keeps it is not supported."
+            )
+    if n_group is not None and groups_of(read)[0] != n_group:
+        raise UnsupportedModelError(f"{model_type}: its expert groups cannot be turned off in config.json.")
 
 
 def _group_fields(config: PreTrainedConfig) -> list[ConfigField]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from tests.anatomy.published import MODELS
 from tests.anatomy.published.shrunk import LAYERS, VOCAB, hub_patterns, is_routed, patterns_of, write_published
 
 FIXED_TOP_K = ("Phi-3.5-MoE",)
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+COUNT_KEYS: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS: tuple[str, ...] = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 ROUTER = re.compile(r"\.(gate|router|router\.layer|gate\.wg)\.weight$")
 CORRECTION = re.compile(r"\.(e_score_correction_bias|expert_bias)$")
 NEVER = -1e4  # so low a logit or bias that the expert is not chosen
@@ -82,7 +81,7 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=tokens(2), use_cache=False).logits
 
 
-def with_counts(config: Any, counts: Mapping[str, Any]) -> Any:
+def with_counts(config: Any, counts: dict[str, Any]) -> Any:
     """A config with some numbers replaced, also where they stand in a list or a config inside."""
     if not isinstance(config, dict):
         return config
