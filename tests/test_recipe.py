@@ -204,7 +204,7 @@ evaluate: {taks: x}
         "throughput, title, variants.",
         "variants.0.keep.0: Input should be less than or equal to 1",
         "variants.1.score.1: unknown score 'raep'. Did you mean 'reap'? Known: ean, ean-mean, easy-ep, "
-        "frequency, mone, msan, random, reap, soft-frequency, weighted-ean.",
+        "frequency, max-activations, mone, msan, random, reap, soft-frequency, weighted-ean, weighted-msan.",
         "variants.2: give keep or keep_experts, not both",
         "variants.3.domains.code: Input should be greater than or equal to 0",
         "variants.3.top_k.0: Input should be greater than 0",

@@ -8,6 +8,14 @@ import typer
 
 from moeprune.cli.options import Json, print_json
 
+PADDED = ("statistics", "kind")
+
+
+SCORES_LEGEND = """
+Experts with a larger score are kept. T: the tokens routed to the expert; f: its output; g: the weight that the model
+gives this output; |.|: L2 norm; x and y: the residual stream, and what the routed experts add to it. standard, merge:
+what `moeprune calibrate --stats` has to be, at least."""
+
 
 def ls(
     kind: Annotated[str, typer.Argument(metavar="families|formats|scores|recipes|tasks|data", help="What to list.")],
@@ -33,9 +41,11 @@ def ls(
     if as_json:
         print_json(rows)
         return
-    width = max((len(row["name"]) for row in rows), default=0)
+    widths = {key: max(len(str(row.get(key, ""))) for row in rows) for key in ("name", *PADDED)} if rows else {}
     for row in rows:
-        typer.echo(f"{row['name']:<{width}}  {'  '.join(str(v) for k, v in row.items() if k != 'name')}")
+        typer.echo("  ".join(f"{value!s:<{widths.get(key, 0)}}" for key, value in row.items()).rstrip())
+    if kind == "scores":
+        typer.echo(SCORES_LEGEND)
 
 
 def _families() -> list[dict[str, Any]]:
@@ -56,7 +66,15 @@ def _formats() -> list[dict[str, Any]]:
 def _scores() -> list[dict[str, Any]]:
     from moeprune.score import SCORES
 
-    return [{"name": name, "formula": SCORES.get(name).formula, "source": SCORES.get(name).source} for name in SCORES]
+    return [
+        {
+            "name": name,
+            "statistics": SCORES.get(name).level,
+            "formula": SCORES.get(name).formula,
+            "source": SCORES.get(name).source,
+        }
+        for name in SCORES
+    ]
 
 
 def _recipes() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
+from moeprune.calibrate.coverage import super_experts
 from moeprune.calibrate.stats import Stats
 from moeprune.deploy.choose import choose_count, require_count
 from moeprune.deploy.facts import facts_of_model
@@ -87,7 +88,17 @@ def make_plan(
             "stats_sha256": stats_sha256,
             **sizes.served,
         },
-        warnings=tuple(caveats(model, chosen, routed=sums["count"], seen=seen, top_k=active, n_group=n_group)),
+        warnings=tuple(
+            caveats(
+                model,
+                chosen,
+                routed=sums["count"],
+                seen=seen,
+                top_k=active,
+                n_group=n_group,
+                super_experts=super_experts(stats) or (),
+            )
+        ),
     )
     plan.check()
     return plan

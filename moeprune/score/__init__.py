@@ -8,12 +8,14 @@ from moeprune.score import (  # noqa: F401  isort: skip
     ean_mean,
     easy_ep,
     frequency,
+    max_activations,
     mone,
     msan,
     random,
     reap,
     soft_frequency,
     weighted_ean,
+    weighted_msan,
 )
 
 __all__ = ["SCORES", "Score"]

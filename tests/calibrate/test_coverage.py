@@ -53,6 +53,15 @@ def test_the_super_expert_of_the_first_layers_is_found(stats):
     assert (found.layer, found.expert, found.max_abs) == ("model.layers.1", 1, 900.0)
 
 
+def test_a_plan_that_prunes_a_super_expert_warns_of_it_and_one_that_keeps_it_does_not(stats):
+    """Expert 1 of the first layer is the busiest but one; the largest outputs of all are its."""
+    (warning,) = [text for text in make_plan(stats, score="frequency", keep_experts=1).warnings if "super" in text]
+    assert warning.startswith("super experts are pruned: model.layers.1 expert 1. Their outputs are far larger than")
+    for kept in ({"keep_experts": 2}, {"keep": 1.0}):
+        assert not any("super" in text for text in make_plan(stats, score="frequency", **kept).warnings)
+    assert make_plan(stats, score="max-activations", keep_experts=1).layers[0].keep == (1,)
+
+
 def test_a_large_output_of_a_late_layer_is_no_super_expert():
     """The definition is about the layers in which massive activations form; the last quarter is not among them."""
     stats = Stats.zeros(facts(num_layers=4, num_experts=100), domains=["text"])

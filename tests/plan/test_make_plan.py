@@ -74,8 +74,8 @@ def test_the_same_arguments_give_the_same_plan_and_another_seed_another_one():
     [
         (
             {"score": "reapp"},
-            "unknown score 'reapp'. Did you mean 'reap'? Known: ean, ean-mean, easy-ep, frequency, mone, msan, random, "
-            "reap, soft-frequency, weighted-ean.",
+            "unknown score 'reapp'. Did you mean 'reap'? Known: ean, ean-mean, easy-ep, frequency, max-activations, "
+            "mone, msan, random, reap, soft-frequency, weighted-ean, weighted-msan.",
         ),
         ({"keep": 0.5, "keep_experts": 5}, "got --keep 0.5 and --keep-experts 5. Give one of them."),
         ({"keep": 1.5}, "--keep 1.5: expected a share above 0 and at most 1. For a number, use --keep-experts."),

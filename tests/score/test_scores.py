@@ -13,7 +13,10 @@ from tests.fake_stats import fake_stats
 
 SUMS = fake_stats().mixed()
 SUMS["output_sum"] = np.stack([0.02 * SUMS["norm_sum"], 0.01 * SUMS["gate_sum"]], axis=-1)
-KNOWN = "ean, ean-mean, easy-ep, frequency, mone, msan, random, reap, soft-frequency, weighted-ean"
+KNOWN = (
+    "ean, ean-mean, easy-ep, frequency, max-activations, mone, msan, random, reap, soft-frequency, weighted-ean, "
+    "weighted-msan"
+)
 
 
 def by_hand(name: str, layer: int, expert: int) -> float:
@@ -29,8 +32,10 @@ def by_hand(name: str, layer: int, expert: int) -> float:
         "ean-mean": norm_sum / count if count else 0.0,
         "easy-ep": turned,
         "mone": gate_sum * np.sqrt(max(squares - count * (mean @ mean), 0.0) / max(count - 1, 1)),
+        "max-activations": SUMS["max_abs"][layer, expert],
         "msan": squares / count if count else 0.0,
         "weighted-ean": gated,
+        "weighted-msan": SUMS["gated_norm_sq_sum"][layer, expert] / count if count else 0.0,
         "reap": gated / count if count else 0.0,
     }[name]
 
@@ -164,10 +169,10 @@ def test_a_criterion_that_needs_an_absent_sum_names_those_that_do_not(partial):
         SCORES.get("ean").saliency(partial)
     assert str(error.value) == (
         "the score 'ean' (sum over T of |f|) needs norm_sum, which calibration does not give for llama4_text. "
-        "Use one of: easy-ep, frequency, random, reap, soft-frequency, weighted-ean."
+        "Use one of: easy-ep, frequency, random, reap, soft-frequency, weighted-ean, weighted-msan."
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean", "ean-mean", "mone", "msan"}))
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"ean", "ean-mean", "max-activations", "mone", "msan"}))
 def test_a_criterion_that_needs_no_absent_sum_is_computed(partial, name):
     np.testing.assert_array_equal(SCORES.get(name).saliency(partial), SCORES.get(name).saliency(fake_stats()))
