@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeprune.calibrate.text.chat import Message, as_messages, as_tools, render_chat
-from moeprune.calibrate.text.documents import written
+from moeprune.calibrate.text.chat import Message, as_tools
+from moeprune.calibrate.text.documents import messages_of, written
+from moeprune.calibrate.text.render import render_chat
 from moeprune.calibrate.text.sources import Row, shuffled_rows
 from moeprune.data_mix import expand_data
 from moeprune.data_spec import DataSpec
@@ -77,7 +78,7 @@ def _prompt(row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Pro
     if column is None or column not in row:
         wanted = repr(column) if column else f"any of {', '.join(COLUMNS)}"
         raise DataError(f"{spec.source}: no column {wanted}. {did_you_mean(column or '', row)}")
-    messages = as_messages(row[column])
+    messages = messages_of(row[column], spec, column)
     if messages is not None:
         return _chat(_question(messages), row, spec, domain, tokenizer)
     text = row[column]

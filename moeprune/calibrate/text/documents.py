@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moeprune.calibrate.text.chat import Message, as_calls, as_messages, as_tools, render_chat
+from moeprune.calibrate.text.chat import Message, as_calls, as_messages, as_tools
+from moeprune.calibrate.text.render import render_chat
 from moeprune.calibrate.text.sources import Row, shuffled_rows
 from moeprune.data_spec import DataSpec
 from moeprune.errors import DataError, did_you_mean
@@ -89,7 +90,7 @@ def _document(row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> D
         return _chat(_answered(row, spec), row, spec, tokenizer)
     assert spec.column is not None
     value = _value(row, spec, spec.column)
-    messages = as_messages(value)
+    messages = messages_of(value, spec, spec.column)
     if messages is not None:
         return _chat(messages, row, spec, tokenizer)
     if value is None or isinstance(value, str):
@@ -97,6 +98,18 @@ def _document(row: Row, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> D
     raise DataError(
         f"{spec.source}: column {spec.column!r} holds {type(value).__name__}, {EXPECTED}. Choose another with --column."
     )
+
+
+def messages_of(value: Any, spec: DataSpec, column: str) -> list[Message] | None:
+    """A column's value as chat messages; None where it holds something else.
+
+    Raises:
+        DataError: If it holds messages that are not all text.
+    """
+    try:
+        return as_messages(value)
+    except ValueError as error:
+        raise DataError(f"{spec.source}: column {column!r}: {error}.") from error
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
