@@ -30,6 +30,10 @@ class RoomError(MoePruneError, OSError):
     """Too little memory or disk for what was asked."""
 
 
+class RankError(MoePruneError, ConnectionError):
+    """A process that calibrates together with this one does not answer."""
+
+
 class DataError(MoePruneError, ValueError):
     """Calibration text that is missing, empty or of the wrong shape."""
 

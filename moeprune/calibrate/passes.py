@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from moeprune.calibrate.schedule import Batch, schedule
 from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.stopping import EarlyStop
 from moeprune.calibrate.until import Until, outcome, stop_early
-from moeprune.errors import MoePruneError, RoomError
+from moeprune.errors import MoePruneError, RankError, RoomError
 from moeprune.facts import ModelFacts
 from moeprune.interrupts import Interrupted, Signals, interruptible
 
@@ -136,10 +137,12 @@ class _Pass:
         """Run what is left, and keep the sums if something ends it."""
         try:
             self._run(stop, signals)
-        except MoePruneError:
-            raise  # these sums are not what they should be, or can be had again at once
         except BaseException as error:
-            note = self._kept()
+            if isinstance(error, MoePruneError) and not isinstance(error, RankError):
+                raise  # these sums are not what they should be, or can be had again at once
+            note = ""
+            with suppress(Interrupted), signals.held():  # a launcher ends its processes when another has failed
+                note = self._kept()
             if isinstance(error, Interrupted):
                 error.note = note
             if isinstance(error, torch.OutOfMemoryError):

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moeprune.calibrate.stats import Stats, kind_of
 from moeprune.checkpoint.load import choose_device
-from moeprune.errors import MoePruneError
+from moeprune.errors import MoePruneError, RankError
 from moeprune.interrupts import Interrupted
 
 Made = TypeVar("Made")
@@ -99,7 +99,8 @@ class Ranks:
         """What ``make`` returns on rank 0, on all ranks: such as text that is read and tokenised once."""
         box = [make() if self.is_first else None]
         if self.world > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            with _talking():
+                dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # pyright: ignore[reportReturnType] - what was None has been received
 
     def once_then_all(self, make: Callable[[bool], Made]) -> Made:
@@ -111,14 +112,16 @@ class Ranks:
     def wait(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            with _talking():
+                dist.barrier()
 
     def gather(self, value: Made) -> list[Made]:
         """Every rank's value, on all ranks."""
         if self.world == 1:
             return [value]
         values: list[Made | None] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with _talking():
+            dist.all_gather_object(values, value)
         return values  # pyright: ignore[reportReturnType] - filled
 
     def reduce(self, stats: Stats) -> Stats:
@@ -141,8 +144,9 @@ class Ranks:
         operation = dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM
         for piece in torch.from_numpy(whole.reshape(-1)).split(PIECE):
             sent = piece.to(self.device)
-            dist.reduce(sent, dst=0, op=operation)
-            piece.copy_(sent)
+            with _talking():
+                dist.reduce(sent, dst=0, op=operation)
+                piece.copy_(sent)
         return whole
 
     @contextmanager
@@ -151,8 +155,11 @@ class Ranks:
 
         A rank that learns of a failure gets SIGTERM, which lets it save its sums, and is ended if it waits for others.
 
+        A failure is printed once on each machine, by its first rank. The rank that it happened on leaves it to that one
+        if that one answers.
+
         Raises:
-            SystemExit: If another rank failed, with status 1; rank 0 and the first of every machine print why.
+            SystemExit: With status 1, if another rank failed, or this one did and others have said why.
         """
         if self.store is None:
             yield
@@ -160,26 +167,46 @@ class Ranks:
         watch = _Watch(self)
         watch.start()
         try:
+            self._try_link()
             yield
-            dist.barrier()
+            self.wait()
         except BaseException as error:
+            watch.over.set()
             if watch.failure is not None and isinstance(error, Interrupted):
                 raise SystemExit(1) from None  # that rank has said why
             text = str(error) if isinstance(error, MoePruneError | Interrupted) else f"{type(error).__name__}: {error}"
-            watch.over.set()
-            with suppress(RuntimeError):  # the store has ended with the first machine
-                self._tell(f"rank {self.rank} of {self.world}: {text}", wait=not isinstance(error, Interrupted))
+            is_told = False
+            with suppress(RuntimeError):  # the store has ended with the first machine, or a rank does not answer
+                is_told = self._tell(f"rank {self.rank} of {self.world}: {text}", watch, error)
+            if is_told:
+                raise SystemExit(1) from None
             raise
-        finally:
-            watch.over.set()
+        watch.over.set()
         dist.destroy_process_group()
 
-    def _tell(self, failure: str, *, wait: bool) -> None:
-        """Tell the others of a failure. When a process ends its launcher ends the others: let them print it first."""
-        self.store.compare_set(FAILED, "", failure)
+    def _try_link(self) -> None:
+        """Let GPUs talk before anything is run: their sums will be added at the very end."""
+        if self.device.startswith("cuda"):
+            with _talking():
+                dist.all_reduce(torch.zeros(1, device=self.device))
+                torch.cuda.synchronize(self.device)
+
+    def _tell(self, failure: str, watch: _Watch, error: BaseException) -> bool:
+        """Tell the others of a failure. When a process ends its launcher ends the others: let them print it first.
+
+        Returns:
+            Whether all has been said: this is a consequence of another rank's failure, or its text has been printed.
+        """
+        first = self.store.compare_set(FAILED, "", failure).decode()
+        if isinstance(error, Interrupted):
+            return False  # the others got the signal, too
+        if first != failure:
+            watch.say(first)
+            return True
         self.store.set(_told(self.rank), "")
-        if wait:
-            self.store.wait(sorted({_told(0), _told(self.rank - self.local)}), TELLING)
+        self.store.wait(sorted({_told(0), _told(self.rank - self.local)}), TELLING)
+        # What moeprune did not expect is shown with its traceback.
+        return self.local != 0 and isinstance(error, MoePruneError)
 
 
 class _Watch(threading.Thread):
@@ -192,6 +219,17 @@ class _Watch(threading.Thread):
         self._store = ranks.store.clone()  # a connection of its own: another thread may be waiting on that one
         self.over = threading.Event()
         self.failure: str | None = None
+        self._lock = threading.Lock()
+        self._has_said = False
+
+    def say(self, failure: str) -> None:
+        """Print it once on each machine."""
+        with self._lock:
+            if self._ranks.local == 0 and not self._has_said:
+                self._has_said = True
+                print(f"error: {failure}", file=sys.stderr, flush=True)
+                with suppress(RuntimeError):
+                    self._store.set(_told(self._ranks.rank), "")
 
     def run(self) -> None:
         while not self.over.wait(POLL_SECONDS):
@@ -204,13 +242,22 @@ class _Watch(threading.Thread):
             if self.over.wait(POLL_SECONDS):  # this very rank failed, or all is done and the store has gone
                 return
             self.failure = failure
-            if self._ranks.local == 0:
-                print(f"error: {failure}", file=sys.stderr, flush=True)
-                with suppress(RuntimeError):
-                    self._store.set(_told(self._ranks.rank), "")
+            self.say(failure)
             os.kill(os.getpid(), signal.SIGTERM)
             if not self.over.wait(GRACE_SECONDS):
                 os._exit(1)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Name what it means that ranks cannot talk to each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RankError(
+            f"another rank does not answer: it was killed, or its machine or the network between them failed ({reason})"
+        ) from error
 
 
 def _told(rank: int) -> str:

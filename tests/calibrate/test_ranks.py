@@ -22,10 +22,17 @@ def torchrun(*arguments: object, ranks: int = 2) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_two_ranks_sum_what_one_does(tmp_path):
-    result = torchrun("-m", "tests.calibrate.rank", tmp_path / "two.safetensors")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """What two ranks write that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "two.safetensors"
+    result = torchrun("-m", "tests.calibrate.rank", out)
     assert result.returncode == 0, result.stderr
-    two, one = Stats.load(tmp_path / "two.safetensors"), calibrate(Ranks(), tmp_path / "one.inputs")
+    return out
+
+
+def test_two_ranks_sum_what_one_does(whole, tmp_path):
+    two, one = Stats.load(whole), calibrate(Ranks(), tmp_path / "one.inputs")
     arrays = dict(two.arrays())
     assert arrays.keys() == dict(one.arrays()).keys()
     for name, array in one.arrays():
@@ -35,7 +42,7 @@ def test_two_ranks_sum_what_one_does(tmp_path):
             np.testing.assert_allclose(arrays[name], array, rtol=1e-13, atol=1e-12, err_msg=name)
     assert two.runs[0]["tokens"] == one.runs[0]["tokens"] == {"code": 52, "math": 44}
     assert two.runs[0]["ranks"] == 2
-    assert (tmp_path / "two.inputs").read_bytes() == (tmp_path / "one.inputs").read_bytes()
+    assert whole.with_suffix(".inputs").read_bytes() == (tmp_path / "one.inputs").read_bytes()
 
 
 def test_a_rank_that_fails_ends_one_that_waits_for_it(tmp_path):
@@ -43,8 +50,26 @@ def test_a_rank_that_fails_ends_one_that_waits_for_it(tmp_path):
     result = torchrun("-m", "tests.calibrate.rank", tmp_path / "out", "raise")
     assert result.returncode != 0
     assert "error: rank 1 of 2: this rank's text is unreadable" in result.stderr
+    assert result.stderr.count("this rank's text is unreadable") == 1  # and no traceback
     assert not (tmp_path / "out").exists()
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_ranks_of_which_one_was_killed_go_on_to_the_sums_of_ranks_that_were_not(whole, tmp_path, rank):
+    """The killed one has saved its first batch and loses its second; how far the other one comes is left to chance."""
+    killed = tmp_path / "killed"
+    result = torchrun("-m", "tests.calibrate.rank", killed, f"killed-{rank}")
+    assert result.returncode != 0 and not killed.exists()
+    done = Stats.load(tmp_path / "killed.partial" / f"rank-{rank}-of-2.safetensors").runs[0]["partial"]
+    assert done["batches"] == 1
+    result = torchrun("-m", "tests.calibrate.rank", killed, "again")
+    assert result.returncode == 0, result.stderr
+    found, expected = (dict(Stats.load(out).arrays()) for out in (killed, whole))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert killed.with_suffix(".inputs").read_bytes() == whole.with_suffix(".inputs").read_bytes()
 
 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path):
