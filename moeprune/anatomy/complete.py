@@ -29,6 +29,7 @@ class Seen:
         names: Tensors of the model.
         experts: Expert ids by (tensor of the model, stored pattern).
         elements: Stored elements by tensor of the model.
+        forms: Dtype and shape of what is stored of a tensor of the model, as in ``experts``, with the last expert so.
         parts: Stored tensors of experts' weights.
     """
 
@@ -37,6 +38,9 @@ class Seen:
     names: set[str] = field(default_factory=set)
     experts: dict[tuple[str, str], set[int]] = field(default_factory=lambda: defaultdict(set))
     elements: Counter[str] = field(default_factory=Counter)
+    forms: dict[tuple[str, str], dict[tuple[str, tuple[int, ...]], int | None]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
     parts: list[ExpertPart] = field(default_factory=list)
 
     def add(self, anatomy: Anatomy, name: str, key: str, info: TensorInfo, role: Role | None, *, part: str) -> None:
@@ -55,9 +59,11 @@ class Seen:
             name = twin if twin and role.tower else name
             pattern = role.renumbered(key, -1)
             self.experts[name, pattern].add(role.expert)
+            self.forms[name, pattern][info.dtype, info.shape] = role.expert
             weight = f"{pattern.replace('-1', '*', 1)}{f' (tower {role.tower})' if role.tower else ''}"
             self.parts.append(ExpertPart(weight, role.expert, part, info.dtype))
-        elif role is not None and self.quantised and name in anatomy.axes:
+        elif role is not None and name in anatomy.axes:
+            self.forms[name, key][info.dtype, info.shape] = None
             self.parts.append(ExpertPart(key, None, part, info.dtype))
         self.names.add(name)
         if isinstance(role, Towers) and twin:
@@ -83,6 +89,7 @@ def check_complete(anatomy: Anatomy, seen: Seen) -> None:
         expert_weights = [part for part in seen.parts if part.expert is not None or part.weight in accompanied]
         check_companions(expert_weights, stored=seen.quantised, num_experts=anatomy.num_experts.value, where=where)
         return
+    _check_forms(anatomy, seen)
     # Several stored tensors may become one (gate and up projections), so that names alone do not show that one is gone.
     state = anatomy.skeleton.state_dict()
     for names in tied_names(anatomy.skeleton):
@@ -96,6 +103,23 @@ def check_complete(anatomy: Anatomy, seen: Seen) -> None:
                 f"{seen.folder}: the stored tensors that become {name!r} have {found} elements, the model has "
                 f"{state[name].numel()}. Download the checkpoint again."
             )
+
+
+def _check_forms(anatomy: Anatomy, seen: Seen) -> None:
+    """Of an unquantised checkpoint: the experts of a layer are alike, and numbers where the model has numbers."""
+    state = anatomy.skeleton.state_dict()
+    for (name, pattern), forms in seen.forms.items():
+        shown = pattern.replace("-1", "*", 1)
+        shapes = {shape: expert for (_, shape), expert in forms.items()}
+        if len(shapes) > 1:
+            found = " and ".join(f"{list(shape)} (expert {expert})" for shape, expert in shapes.items())
+            raise CheckpointError(f"{seen.folder}: {shown!r} is stored as {found}. Download the checkpoint again.")
+        for dtype, _ in forms:
+            if state[name].is_floating_point() and not dtype.startswith(("F", "BF")):
+                raise CheckpointError(
+                    f"{seen.folder}: {shown!r} is stored as {dtype}, and config.json has no quantization_config that "
+                    "says what that means. Download the checkpoint again."
+                )
 
 
 def _check_names(anatomy: Anatomy, seen: Seen) -> None:

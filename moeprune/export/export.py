@@ -22,6 +22,7 @@ from moeprune.export.shards import default_jobs, write_index, write_shards
 from moeprune.export.summary import ExportSummary, manifest
 from moeprune.export.target import MANIFEST, copy_other_files, other_files, put_in_place
 from moeprune.files import read_json, write_json
+from moeprune.interrupts import Interrupted, interruptible
 from moeprune.plan.plan import Plan
 
 __all__ = ["MANIFEST", "ExportSummary", "export_checkpoint", "other_files"]
@@ -66,10 +67,11 @@ def export_checkpoint(
         CheckpointError: If the source is incomplete or damaged, or a router holds NaN, or there is no such model.
         ExportError: If ``out`` exists or cannot be made, a disk is too small or fails, or the source's model card
             cannot be read.
+        Interrupted: At SIGINT or SIGTERM.
     """
     jobs = default_jobs() if jobs is None else max(1, jobs)
     max_bytes = None if max_shard_size is None else parse_size(max_shard_size)
-    with _disk_errors(out):
+    with _explained(out):
         job = prepare(
             model, plan=plan, out=out, force=force, max_bytes=max_bytes, jobs=jobs, link=link, keep_source=keep_source
         )
@@ -95,10 +97,14 @@ def export_checkpoint(
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Tell what the system refuses (permission, space, names) as what it is to the user."""
+def _explained(out: Path) -> Iterator[None]:
+    """Tell what the system refuses (permission, space, names), and how to go on after an interrupt."""
     try:
-        yield
+        with interruptible():
+            yield
+    except Interrupted as stop:
+        stop.note = "Finished files are kept; run the same command again."
+        raise
     except OSError as error:
         if isinstance(error, MoePruneError):
             raise
@@ -108,7 +114,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
 def _write_weights(job: Job, *, jobs: int, link: bool, keep_source: bool, quiet: bool) -> Journal:
     partial, index = job.partial, job.source.path / INDEX_NAME
     journal = Journal(partial, job=job.key, finished=job.earlier)  # first: with it the folder is known as an export's
-    clear(partial, keep=[JOURNAL] if job.earlier is None else [JOURNAL, DOWNLOADS, *job.earlier])
+    downloads = [] if job.earlier is None or keep_source else [DOWNLOADS]
+    clear(partial, keep=[JOURNAL, *downloads, *(job.earlier or {})])
     sources = HubSources(
         job.located,
         shards=job.unfinished,

@@ -13,7 +13,7 @@ from moeprune.anatomy.pruned_config import prune_config_json
 from moeprune.anatomy.source import Source, open_source
 from moeprune.checkpoint.hub import Located, locate
 from moeprune.checkpoint.values import check_finite
-from moeprune.export.fetch import bytes_to_download, check_cache_space
+from moeprune.export.fetch import DOWNLOADS, bytes_to_download, check_cache_space
 from moeprune.export.journal import job_of, read_finished
 from moeprune.export.layout import Shard, lay_out
 from moeprune.export.quantization_config import remapped_configs
@@ -37,6 +37,7 @@ class Job:
         configs: JSON files to write by name, config.json last.
         key: Hash of what is exported (:func:`moeprune.export.journal.job_of`).
         earlier: What an attempt at this very job has finished; None if there was none.
+        discarded: Bytes that an attempt at another job left in the same place.
     """
 
     source: Source
@@ -47,6 +48,7 @@ class Job:
     configs: dict[str, Any]
     key: str
     earlier: dict[str, dict[str, Any]] | None
+    discarded: int
 
     @property
     def partial(self) -> Path:
@@ -72,7 +74,7 @@ class Job:
             self.shards,
             out=self.out,
             finished=self.earlier or {},
-            discarded=0 if self.earlier is not None else _bytes_of_shards(self.partial),
+            discarded=self.discarded,
             to_download=sum(self.to_download.values()),
         )
 
@@ -146,7 +148,8 @@ def prepare(
     check_target(out, source=checkpoint.path, force=force)
     key = job_of(checkpoint, plan=plan, shards=shards, commit=located.commit, link=link)
     earlier = read_finished(partial_of(out), job=key, shards=shards)
-    job = Job(source, located, plan, out, shards, configs, key, earlier)
+    discarded = 0 if earlier is not None else _bytes_of_shards(partial_of(out))
+    job = Job(source, located, plan, out, shards, configs, key, earlier, discarded)
     _check_room(job, jobs=jobs, link=link, keep_source=keep_source)
     pruned_before(checkpoint)  # goes into the manifest: refused now rather than in the last step
     job.check_values()
@@ -158,7 +161,8 @@ def _check_room(job: Job, *, jobs: int, link: bool, keep_source: bool) -> None:
     needed = bytes_to_store(job.unfinished, missing=job.located.missing, linked_in=job.out if link else None)
     if not keep_source:
         of_one = (sum(downloads.get(file.name, 0) for file in shard.files) for shard in job.unfinished)
-        needed += min(sum(downloads.values()), jobs * max(of_one, default=0))
+        held = 0 if job.earlier is None else _bytes_of_shards(job.partial / DOWNLOADS)  # perhaps by more jobs
+        needed += max(held, min(sum(downloads.values()), jobs * max(of_one, default=0)))
     check_space(job.out, needed, partial=job.partial, keep=job.earlier or {})
     if keep_source and downloads:
         check_cache_space(sum(downloads.values()), beside=needed, out=job.out)

@@ -25,6 +25,7 @@ from tests.pruning import all_bytes, edit_config, edit_tensors, plan_for, random
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,18 @@ def no_dtype(folder: Path) -> None:
     edit_header(folder / SINGLE, lambda header: header[ROUTER].update(dtype="Q4_K"))
 
 
+def integers(folder: Path) -> None:
+    edit_header(folder / SINGLE, lambda header: header[ROUTER].update(dtype="I32"))
+
+
+def integers_of_one_expert(folder: Path) -> None:
+    edit_header(folder / SINGLE, lambda header: header[EXPERT].update(dtype="U32"))
+
+
+def one_expert_transposed(folder: Path) -> None:
+    edit_header(folder / SINGLE, lambda header: header[EXPERT]["shape"].reverse())
+
+
 def repeat_key(folder: Path) -> None:
     data = (folder / SINGLE).read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
@@ -173,6 +186,13 @@ SINGLE_FILE = [
     (two_gigabytes, CheckpointError, rf"{SINGLE}: not a complete .* header length 2147483648\). Download it again\."),
     (wrong_dtype, CheckpointError, rf"{SINGLE}: tensor '{ROUTER}', F16 \[6, 32\], does not fit into bytes"),
     (no_dtype, CheckpointError, rf"{SINGLE}: tensor '{ROUTER}' has the unknown dtype 'Q4_K'\. Known: \["),
+    (integers, CheckpointError, rf"'{ROUTER}' is stored as I32, and config\.json has no quantization_config"),
+    (
+        integers_of_one_expert,
+        CheckpointError,
+        r"experts\.\*\.w1\.weight' is stored as U32, and config\.json has no quant",
+    ),
+    (one_expert_transposed, CheckpointError, r"w1\.weight' is stored as .*24, 32.* and .*32, 24\] \(expert 2\)"),
     (repeat_key, CheckpointError, rf"{SINGLE}: .*the key '{ROUTER}' is given more than once"),
     (repeat_config_key, CheckpointError, r"config\.json: .*the key 'num_local_experts' is given more than once"),
     (

@@ -17,6 +17,7 @@ from moeprune.errors import ExportError
 from moeprune.export.export import export_checkpoint
 from moeprune.export.journal import JOURNAL, locked
 from moeprune.export.verify import verify_checkpoint
+from moeprune.interrupts import Interrupted
 from moeprune.plan.plan import Plan
 from tests.models import save
 from tests.pruning import all_bytes, edit_config, plan_for
@@ -116,6 +117,28 @@ def test_an_export_may_be_killed_again_and_again(tmp_path, source, plan, unbroke
         partial = kill(source, plan, out, after=4)
         assert len(entered(partial)) > done
         done = len(entered(partial))
+    export(source, plan, out)
+    assert all_bytes(out) == unbroken
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_asked_to_stop_says_how_to_go_on(tmp_path, source, plan, unbroken, signum, monkeypatch):
+    out, real, left = tmp_path / "out", os.pwrite, 10
+
+    def pwrite(fd, data, offset):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signum)
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(Interrupted) as stop:
+            export(source, plan, out, jobs=1)
+    assert str(stop.value) == f"stopped by {signum.name}. Finished files are kept; run the same command again."
+    assert not out.exists()
+    assert entered(tmp_path / "out.partial")
     export(source, plan, out)
     assert all_bytes(out) == unbroken
 
