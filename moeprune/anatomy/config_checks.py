@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeprune.anatomy.names import NUM_EXPERTS, TOP_K
+from moeprune.anatomy.names import NUM_EXPERTS, TOP_K, ConfigField
 from moeprune.errors import CheckpointError
 
 
@@ -31,6 +31,19 @@ def check_spellings(config: Mapping[str, Any], file: Path) -> None:
             thetas = {"rope_theta": part.get("rope_theta"), "rope_parameters.rope_theta": parameters.get("rope_theta")}
             given = {name: value for name, value in thetas.items() if value is not None}
             _check_equal(file, path, "base of the rotary embedding", given)
+
+
+def check_counts(model_type: str, num_experts: ConfigField, top_k: ConfigField) -> None:
+    """Refuse a config whose top-k is larger than its number of experts: transformers builds it and fails on first use.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    if top_k.value > num_experts.value:
+        raise CheckpointError(
+            f"{model_type}: its config says {top_k.name} = {top_k.value} and {num_experts.name} = {num_experts.value}; "
+            "a token cannot use more experts than a layer has. Correct config.json, or download it again."
+        )
 
 
 def _objects(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

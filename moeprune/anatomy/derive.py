@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.axes import find_axes
+from moeprune.anatomy.config_checks import check_counts
 from moeprune.anatomy.layers import group_layers
 from moeprune.anatomy.names import (
     NUM_EXPERTS,
     TOP_K,
     ConfigField,
     find_field,
+    found_instead,
     group_score_of,
     groups_of,
     text_config_of,
@@ -35,6 +37,7 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
 
     Raises:
         UnsupportedModelError: If the model has no experts, or experts that cannot be indexed.
+        CheckpointError: If the config asks for more active experts than there are.
     """
     num_experts = _num_experts(config)
     _, text = text_config_of(config)
@@ -50,6 +53,7 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
         )
     layers, axes, own_tensors = group_layers(text.model_type, skeleton, found, own)
     top_k = fix_top_k(config, find_field(config, TOP_K), skeleton, layers[-1], hidden_size=text.hidden_size)
+    check_counts(config.model_type, num_experts, top_k)
     n_group, topk_group = groups_of(config)
     routing = probe_routing(skeleton, layers, axes, hidden_size=text.hidden_size)
     return Anatomy(
@@ -70,7 +74,6 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
 def _num_experts(config: PreTrainedConfig) -> ConfigField:
     num_experts = find_field(config, NUM_EXPERTS)
     if num_experts is None or num_experts.value < 2:
-        raise UnsupportedModelError(
-            f"{config.model_type}: not a Mixture-of-Experts model (its config has none of {', '.join(NUM_EXPERTS)})."
-        )
+        found = found_instead(config, NUM_EXPERTS)
+        raise UnsupportedModelError(f"{config.model_type}: not a Mixture-of-Experts model (its config: {found}).")
     return num_experts

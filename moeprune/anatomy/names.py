@@ -101,9 +101,7 @@ def find_field(config: Any, names: tuple[str, ...]) -> ConfigField | None:
 
     The language model's config is searched, then the configs inside it (DBRX keeps its experts in ``ffn_config``).
     """
-    path, text = text_config_of(config)
-    inner = [((*path, key), getattr(text, key, None)) for key in getattr(text, "sub_configs", ())]
-    for where, holder in [(path, text), *inner]:
+    for where, holder in _holders(config):
         attribute_map = getattr(holder, "attribute_map", {})
         for name in names:
             canonical = attribute_map.get(name, name)
@@ -112,6 +110,23 @@ def find_field(config: Any, names: tuple[str, ...]) -> ConfigField | None:
                 aliases = (alias for alias, target in attribute_map.items() if target == canonical and alias in names)
                 return ConfigField(where, canonical, (canonical, *aliases), value)
     return None
+
+
+def found_instead(config: Any, names: tuple[str, ...]) -> str:
+    """What the config holds under ``names`` where :func:`find_field` finds no count, for messages."""
+    for _, holder in _holders(config):
+        attribute_map = getattr(holder, "attribute_map", {})
+        for canonical in (attribute_map.get(name, name) for name in names):
+            value = getattr(holder, canonical, None)
+            if value is not None:
+                several = isinstance(value, list) and value
+                return f"{canonical} lists {sorted(set(value))}" if several else f"{canonical} is {value}"
+    return f"none of {', '.join(names)}"
+
+
+def _holders(config: Any) -> list[tuple[tuple[str, ...], Any]]:
+    path, text = text_config_of(config)
+    return [(path, text), *(((*path, key), getattr(text, key, None)) for key in getattr(text, "sub_configs", ()))]
 
 
 def _count(value: Any) -> int | None:

@@ -70,7 +70,10 @@ def probe_routing(
 
 def run_router(skeleton: nn.Module, layer: MoeLayer, *, hidden_size: int) -> Routed | None:
     """Run the router of one layer on random numbers; None if it needs more than hidden states or answers otherwise."""
-    router = _materialise(skeleton.get_submodule(layer.router))
+    try:
+        router = _materialise(skeleton.get_submodule(layer.router))
+    except RuntimeError:  # larger than memory
+        return None
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_PROBES, hidden_size, generator=generator) / hidden_size**0.5
     num_logits = next((p.shape[0] for p in router.parameters() if p.ndim == 2), 0)

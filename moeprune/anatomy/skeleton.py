@@ -49,10 +49,20 @@ def load_config(path: Path) -> PreTrainedConfig:
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` with all parameters on the meta device: shapes and dtypes, no memory."""
+    """The model of ``config`` with all parameters on the meta device: shapes and dtypes, no memory.
+
+    Raises:
+        UnsupportedModelError: If transformers cannot build it, as where a list has fewer entries than there are layers.
+    """
     cls = model_class(config)
-    with torch.device("meta"):
-        return cls._from_config(copy.deepcopy(config))
+    try:
+        with torch.device("meta"):
+            return cls._from_config(copy.deepcopy(config))
+    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers cannot build the model that its config describes "
+            f"({type(error).__name__}: {error}). Compare config.json with the original."
+        ) from error
 
 
 def with_value(config: PreTrainedConfig, field: ConfigField, value: int) -> PreTrainedConfig:

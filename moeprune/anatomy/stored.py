@@ -147,7 +147,7 @@ class _Mapper:
         if len(info.shape) != len(in_memory) or info.shape[dim] != in_memory[axis.dim]:
             raise UnsupportedModelError(
                 f"{info.file}: {info.name!r} is stored as {list(info.shape)}, the model has {list(in_memory)} with the "
-                f"experts on axis {axis.dim}. This layout is not supported."
+                f"experts on axis {axis.dim}. Either config.json is of another model, or the layout is not supported."
             )
         return AllExperts(axis.layer, dim, axis.rows, axis.extra)
 

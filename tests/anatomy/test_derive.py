@@ -171,7 +171,7 @@ def test_a_dense_model():
     with pytest.raises(UnsupportedModelError) as error:
         derive_anatomy(config)
     assert str(error.value) == (
-        "qwen3: not a Mixture-of-Experts model (its config has none of "
+        "qwen3: not a Mixture-of-Experts model (its config: none of "
         "num_experts, num_local_experts, n_routed_experts, moe_num_experts)."
     )
 

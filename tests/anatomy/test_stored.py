@@ -194,7 +194,7 @@ def test_a_router_of_another_size_is_refused(tmp_path):
     edit_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(11, 32)}))
     assert refusal(folder, UnsupportedModelError) == (
         f"{folder / 'model.safetensors'}: {key!r} is stored as [11, 32], the model has [10, 32] with the experts on "
-        "axis 0. This layout is not supported."
+        "axis 0. Either config.json is of another model, or the layout is not supported."
     )
 
 

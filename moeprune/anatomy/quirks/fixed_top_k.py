@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 
-from moeprune.anatomy.names import ConfigField
+from moeprune.anatomy.names import TOP_K, ConfigField, found_instead
 from moeprune.anatomy.routing import run_router
 from moeprune.anatomy.skeleton import build_skeleton, with_value
 from moeprune.errors import UnsupportedModelError
@@ -49,7 +49,10 @@ def fix_top_k(
     """
     if field is None:
         if config.model_type not in IN_CODE:
-            raise UnsupportedModelError(f"{config.model_type}: the number of active experts is not in its config.")
+            raise UnsupportedModelError(
+                f"{config.model_type}: its config gives no one number of active experts for all layers "
+                f"({found_instead(config, TOP_K)}). Only models that use as many experts in every layer are supported."
+            )
         return ConfigField((), "", (), IN_CODE[config.model_type], fixed=True)
     other = field.value - 1 if field.value > 1 else 2
     before = run_router(skeleton, layer, hidden_size=hidden_size)

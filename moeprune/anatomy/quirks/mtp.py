@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from moeprune.anatomy.axes import EXPERT_NUMBER
 from moeprune.anatomy.companions import expert_dim
+from moeprune.anatomy.names import NUM_MTP, find_field
 from moeprune.anatomy.roles import AllExperts, OneExpert, Role
-from moeprune.checkpoint.unloaded import LAYER, is_mtp
+from moeprune.checkpoint.unloaded import LAYER, MTP, is_mtp
 from moeprune.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from moeprune.checkpoint.header import TensorInfo
 
 LIKE_EXPERTS = re.compile(r"(?:^|\.)(?:experts|gate|router)\.")
+# What the checkpoints of DeepSeek, GLM and Step have in a prediction layer and in no other.
+PREDICTS = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head)\.")
 WAY_OUT = "Leave these layers out with --mtp drop."
 
 
@@ -50,9 +53,13 @@ class MtpLayers:
             anatomy: The model.
             unknown: Stored keys that are no tensors of the model.
             trunk: Roles of those that are.
+
+        Raises:
+            CheckpointError: If there are layers beyond the last one that do not look like prediction layers.
         """
         num_layers = getattr(anatomy.text_config, "num_hidden_layers", None)
         keys = frozenset(key for key in unknown if is_mtp(key, num_layers))
+        _check_declared(anatomy, keys)
         patterns: dict[str, Role] = {}
         for key, role in trunk.items() if keys else ():
             below = LAYER.search(key)
@@ -111,6 +118,19 @@ class MtpLayers:
     def _trunk_role(self, key: str) -> Role | None:
         ending = _starred(key)
         return next((role for pattern, role in self.patterns.items() if ending.endswith(f".{pattern}")), None)
+
+
+def _check_declared(anatomy: Anatomy, keys: Iterable[str]) -> None:
+    """Refuse decoder layers that are taken for prediction layers only because config.json says fewer than there are."""
+    behind = {key: int(layer.group(1)) for key in keys if not MTP.search(key) and (layer := LAYER.search(key))}
+    predict = {layer for key, layer in behind.items() if PREDICTS.search(key)}
+    field = find_field(anatomy.config, NUM_MTP)
+    if len({*behind.values()}) > max(len(predict), field.value if field else 0):
+        layer = min({*behind.values()} - predict)
+        raise CheckpointError(
+            f"the checkpoint has a layer {layer}, the config says num_hidden_layers = "
+            f"{anatomy.text_config.num_hidden_layers}. Is config.json that of another model?"
+        )
 
 
 def _starred(key: str) -> str:
