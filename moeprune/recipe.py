@@ -46,15 +46,17 @@ class Calibration(_Section):
     """Text and how much of it.
 
     Attributes:
-        data: Named domains; the single word ``demo`` stands for the calibration text of the embedded model.
+        data: Named domains, or the source of each alone: a file, a Hub id, a mix, or ``demo`` for the calibration text
+            of the embedded model.
         self_generate: Prompts, given like data. The model's own answers to them are calibration text, too.
         max_new_tokens: Longest of these answers.
         tokens: Token budget of each domain that has none of its own.
-        length: Tokens a row.
+        length: Tokens a row, not more than the model's context.
         batch_size: Rows a forward pass.
         seed: Order of the documents.
-        packing: How documents become rows: ``auto``, ``isolate``, ``pad`` or ``concat``.
-        statistics: What is summed: ``standard``, ``merge`` or ``full``.
+        packing: How documents become rows: several that do not see each other (``isolate``), one a row (``pad``), end
+            to end (``concat``), or the first of these that the model can (``auto``).
+        statistics: What is summed; each level holds those before it. ``moeprune ls scores`` says which a score needs.
         until_stable: Stop as soon as the split-half reliability of ``stable_score`` reaches this value.
         stable_score: The score that is looked at.
     """
@@ -94,13 +96,13 @@ class Variant(_Section):
 
     Attributes:
         name: Its name in tables and folders; made from the settings where it is missing.
-        score: Saliency criterion.
+        score: Saliency criterion (``moeprune ls scores``).
         keep: Share of experts to keep.
         keep_experts: Number of experts a layer to keep, instead of ``keep``.
         top_k: Active experts a token; by default the model's own.
         groups: Whether group-limited routing stays, where the model has it.
         mtp: Multi-token prediction layers: pruned like the last layer (``prune``), or left out (``drop``).
-        domains: Share of each calibration domain in the saliency.
+        domains: Share of each calibration domain in the saliency; by default as much as was calibrated on it.
         seed: For criteria that draw random numbers.
     """
 
@@ -159,11 +161,11 @@ class Deployment(_Section):
     """An engine that is to serve the pruned models (:class:`moeprune.deploy.serving.Serving`).
 
     Attributes:
-        engine: Its name.
+        engine: ``vllm``, ``sglang``, ``llama.cpp`` or ``transformers``.
         tp: Tensor-parallel size.
-        ep: Expert-parallel size.
+        ep: Expert-parallel size; for vLLM tensor- times data-parallel size.
         redundant: Copies of experts on top of the model's own.
-        gpu: Which GPU.
+        gpu: Which GPU, such as ``h200``: of some it is known which numbers have tuned kernels.
     """
 
     engine: str
@@ -190,7 +192,7 @@ class Evaluation(_Section):
     """lm-eval tasks that every variant is measured on.
 
     Attributes:
-        tasks: Names of tasks or groups.
+        tasks: Names of tasks or groups (``moeprune ls tasks``).
         include: Folder with task files; by default the offline tasks that ship with moeprune.
         limit: Items of each task; all of them where missing.
         batch_size: Sequences a forward pass.
@@ -227,19 +229,19 @@ class Recipe(_Section):
         model: ``demo``, a folder or a Hub id.
         title: Heading of the report.
         dtype: dtype in which the model runs; ``auto`` is the stored one.
-        calibrate: Text for the statistics.
+        calibrate: Text for the statistics, and what is summed.
         variants: Pruned models to compare with the original.
-        deploy: Engines that are to serve them, written ``for``. The number of experts nearest to a variant's ``keep``
-            that they serve well is taken; a ``keep_experts`` that one of them cannot serve is refused.
+        deploy: Engines that are to serve them, or their names alone. The number of experts nearest to a variant's
+            ``keep`` that they serve well is taken; a ``keep_experts`` that one of them cannot serve is refused.
         export: Name of the variant that is written as a checkpoint and verified; where missing, the only variant if
             there is but one, else none.
-        evaluate: Tasks.
+        evaluate: Tasks that all are measured on; none where missing.
         throughput: Speed measurement; none where missing.
     """
 
     model: str = Field(min_length=1)
     title: str = "moeprune report"
-    dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibrate: Calibration
     variants: tuple[Variant, ...] = Field(min_length=1)
     deploy: Annotated[tuple[Deployment, ...], BeforeValidator(_as_deployments)] = Field(default=(), alias="for")
@@ -286,7 +288,7 @@ class Recipe(_Section):
 
 
 ORIGINAL = "original"
-_SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
+SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Recipe,
     ("calibrate",): Calibration,
     ("calibrate", "data"): DataSpec,
@@ -364,7 +366,7 @@ def _explain(mistake: Any) -> str:
     where = ".".join(str(part) for part in mistake["loc"]) or "recipe"
     if mistake["type"] != "extra_forbidden":
         return f"{where}: {mistake['msg'].removeprefix('Value error, ')}"
-    section = _SECTIONS.get(tuple(part for part in mistake["loc"][:-1] if isinstance(part, str)), Recipe)
+    section = SECTIONS.get(tuple(part for part in mistake["loc"][:-1] if isinstance(part, str)), Recipe)
     keys = [field.alias or name for name, field in section.model_fields.items()]
     return f"{where}: unknown key. {did_you_mean(str(mistake['loc'][-1]), keys)}"
 

@@ -196,7 +196,7 @@ evaluate: {taks: x}
         "calibrate.data.0.colum: unknown key. Did you mean 'column'? Known: column, documents, domain, drop, files, "
         "ids, min_tokens, prompt, response, share, source, split, subset, text, tokens, tool_calls, tools, where.",
         "calibrate.tokens: Input should be greater than 0",
-        "dtype: String should match pattern '^(auto|float32|bfloat16|float16)$'",
+        "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
         "evaluate.taks: unknown key. Did you mean 'tasks'? Known: batch_size, include, limit, seed, tasks.",
         "evaluate.tasks: Field required",
         "model: Field required",

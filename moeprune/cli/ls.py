@@ -8,7 +8,8 @@ import typer
 
 from moeprune.cli.options import Json, print_json
 
-PADDED = ("statistics", "kind")
+KINDS = "families|formats|scores|recipes|keys|tasks|data|engines"
+PADDED = ("statistics", "kind", "severity")
 
 
 SCORES_LEGEND = """
@@ -18,10 +19,10 @@ what `moeprune calibrate --stats` has to be, at least."""
 
 
 def ls(
-    kind: Annotated[str, typer.Argument(metavar="families|formats|scores|recipes|tasks|data", help="What to list.")],
+    kind: Annotated[str, typer.Argument(metavar=KINDS, help="What to list.")],
     as_json: Json = False,
 ) -> None:
-    """List what moeprune knows: model families, stored formats, scores, recipes, offline tasks, calibration text.
+    """List what moeprune knows: families, formats, scores, recipes and their keys, tasks, data, rules of engines.
 
     Example: `moeprune ls families`
     """
@@ -32,8 +33,10 @@ def ls(
         "formats": _formats,
         "scores": _scores,
         "recipes": _recipes,
+        "keys": _keys,
         "tasks": _tasks,
         "data": _data,
+        "engines": _engines,
     }
     if kind not in listers:
         raise MoePruneError(f"cannot list {kind!r}. {did_you_mean(kind, listers)}")
@@ -81,6 +84,28 @@ def _recipes() -> list[dict[str, Any]]:
     from moeprune.resources import recipes
 
     return [{"name": name, "path": str(path)} for name, path in recipes().items()]
+
+
+def _keys() -> list[dict[str, Any]]:
+    from moeprune.recipe_keys import REQUIRED, keys
+
+    found = []
+    for key in keys():
+        default = key.default.strip("`")
+        taken = key.value + (f" [{default if default == REQUIRED else f'default: {default}'}]" if default else "")
+        found.append({"name": key.path, "value": taken.replace("`", ""), "meaning": key.meaning.replace("`", "")})
+    return found
+
+
+def _engines() -> list[dict[str, Any]]:
+    import moeprune.deploy.rules  # noqa: F401  # fills the table
+    from moeprune.deploy.rule import RULES
+
+    rules = [RULES.get(name) for name in RULES]
+    return [
+        {"name": rule.name, "severity": rule.severity, "engines": ", ".join(rule.engines), "rule": rule.summary}
+        for rule in rules
+    ]
 
 
 def _tasks() -> list[dict[str, Any]]:

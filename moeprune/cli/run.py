@@ -25,6 +25,8 @@ def run(
 ) -> None:
     """Drive a recipe through all stages: calibrate, plan, evaluate, export, verify, report.
 
+    `moeprune ls keys` says what may be written in one, `moeprune ls recipes` lists those that ship with moeprune.
+
     Example: `moeprune run recipes/quickstart.yaml --out runs/quickstart`
     """
     from moeprune.recipe import dump_recipe, load_recipe

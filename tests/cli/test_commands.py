@@ -106,7 +106,7 @@ def test_nothing_is_overwritten_without_force(
     [
         (
             ["ls", "score"],
-            "cannot list 'score'. Did you mean 'scores'? Known: data, families, formats, recipes, scores, tasks.",
+            "cannot list 'score'. Did you mean 'scores'? Known: data, engines, families, formats, keys, recipes, scores, tasks.",
         ),
         (
             ["run", "quikstart", "--out", "x"],
