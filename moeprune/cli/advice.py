@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moeprune.deploy.advise import advise
+from moeprune.deploy.check import check
 from moeprune.deploy.facts import facts_of_config, facts_of_model
+from moeprune.deploy.rule import ERROR, RULES
 from moeprune.deploy.serving import Serving
 from moeprune.plan.plan import Plan
 
 
 def advice(plan: Plan, *, where: Sequence[Serving] = (), config: dict[str, Any] | None = None) -> Iterator[str]:
-    """Errors and warnings of the pruned model.
+    """Errors and warnings of the pruned model, and where an engine is given, the errors that could not be looked for.
 
     Args:
         plan: The plan.
@@ -24,5 +26,12 @@ def advice(plan: Plan, *, where: Sequence[Serving] = (), config: dict[str, Any] 
     if config is not None:
         before = facts_of_config(config, model=plan.model, most=plan.model.num_experts)
     after = before.pruned(num_experts=plan.num_experts, top_k=plan.top_k, n_group=plan.n_group)
+    if where:
+        unchecked = [name for name in check(after, where).unchecked if RULES.get(name).severity == ERROR]
+        if unchecked:
+            yield (
+                f"not checked, because it is not in the statistics: {', '.join(sorted(unchecked))}. Run `moeprune "
+                "check` with the plan, --model and the same options."
+            )
     for finding in advise(after, before=None if where else before, where=where):
         yield f"({', '.join(finding.engines)}) {finding.what} {finding.instead}"

@@ -55,15 +55,22 @@ def gather(target: str, *, model: str | None = None) -> tuple[DeployFacts, str |
         UnsupportedModelError: If it has no experts.
         DeployError: If ``model`` is given beside a checkpoint.
     """
-    from moeprune.checkpoint.folder import read_config, resolve_model
+    from moeprune.checkpoint.folder import read_config
+    from moeprune.checkpoint.hub import locate
     from moeprune.deploy.facts import facts_of_config, facts_of_model
     from moeprune.errors import DeployError
+    from moeprune.gguf.file import is_gguf
     from moeprune.plan.plan import Plan
 
+    if is_gguf(target):
+        raise DeployError(
+            f"{target}: the rules look at config.json, which a GGUF file has not. Check the plan, with --engine "
+            "llama.cpp; `moeprune inspect` and `moeprune verify` read GGUF files."
+        )
     if not Path(target).is_file():
         if model is not None:
             raise DeployError(f"{target}: --model belongs to a plan, and this is no file.")
-        path = resolve_model(target)
+        path = locate(target).folder
         known, note = _routing_of(path)
         return facts_of_config(read_config(path), model=known), note
     plan = Plan.load(Path(target))
@@ -72,7 +79,7 @@ def gather(target: str, *, model: str | None = None) -> tuple[DeployFacts, str |
     from moeprune.anatomy.source import open_source
     from moeprune.export.prepare import pruned_config
 
-    source = open_source(model)
+    source = open_source(locate(model).folder)
     plan.check(source.facts)
     raw = pruned_config(source, plan)
     return facts_of_config(raw, model=plan.model, most=plan.model.num_experts), None

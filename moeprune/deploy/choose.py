@@ -53,7 +53,13 @@ def choose_count(facts: DeployFacts, where: Sequence[Serving], *, asked: int) ->
     found = {number: _problems(facts.with_experts(number), where) for number in range(1, last + 1)}
     sound = [number for number, findings in found.items() if all(f.severity != ERROR for f in findings)]
     if not sound:
-        raise PlanError(f"no number of experts fits: {found[min(asked, last)][0]}")
+        # What stands in the way of the number with the fewest errors is not the number.
+        errors = {number: [f for f in findings if f.severity == ERROR] for number, findings in found.items()}
+        best = min(errors, key=lambda number: (len(errors[number]), abs(number - asked), -number))
+        raise PlanError(
+            f"no number of experts fits {_named(where)}. With {best}: "
+            + " ".join(f"{error.what} {error.instead}" for error in errors[best])
+        )
     step = math.lcm(8, facts.n_group, *(serving.ep for serving in where))
     near = [number for number in sound if abs(number - asked) <= step]
     if near:
@@ -82,10 +88,13 @@ def require_count(facts: DeployFacts, where: Sequence[Serving]) -> None:
     def fits(number: int) -> bool:
         return all(finding.severity != ERROR for finding in _problems(facts.with_experts(number), where))
 
-    raise PlanError(
-        f"cannot keep {facts.num_experts} experts a layer for {', '.join(s.engine for s in where)}: "
-        f"{errors[0].what} Keep {nearest(facts, fits)}, or plan without --for."
-    )
+    fitting = nearest(facts, fits)
+    instead = f"Keep {fitting}, or plan without --for." if fitting else errors[0].instead
+    raise PlanError(f"cannot keep {facts.num_experts} experts a layer for {_named(where)}: {errors[0].what} {instead}")
+
+
+def _named(where: Sequence[Serving]) -> str:
+    return ", ".join(dict.fromkeys(serving.engine for serving in where))
 
 
 def _problems(facts: DeployFacts, where: Sequence[Serving]) -> list[Finding]:

@@ -93,13 +93,15 @@ def rule(
 
 
 def nearest(facts: DeployFacts, fits: Callable[[int], bool]) -> str:
-    """The nearest numbers of experts below and above that fit, for messages: ``"40 or 48"``.
+    """The nearest numbers of experts below and above that fit, for messages: ``"40 or 48"``; empty if there is none.
 
-    Above means at most the model's own number before pruning, or twice the present one if that is not known.
+    Above means at most the model's own number before pruning, or twice the present one if that is not known; below at
+    least the top-k.
     """
-    below = next((n for n in range(facts.num_experts - 1, 0, -1) if fits(n)), None)
-    above = next((n for n in range(facts.num_experts + 1, (facts.most or 2 * facts.num_experts) + 1) if fits(n)), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None) or "another model"
+    least, most = max(1, facts.top_k or 1), facts.most or 2 * facts.num_experts
+    below = next((n for n in range(facts.num_experts - 1, least - 1, -1) if fits(n)), None)
+    above = next((n for n in range(max(facts.num_experts + 1, least), most + 1) if fits(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
 
 
 def is_power_of_two(number: int) -> bool:

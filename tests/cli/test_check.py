@@ -12,9 +12,12 @@ from moeprune.anatomy.source import open_source
 from moeprune.cli import app
 from moeprune.errors import DeployError, PlanError
 from moeprune.plan.plan import Plan
+from tests.fake_hub import FakeHub, hub
 from tests.fake_stats import facts, fake_stats
 from tests.models import save
 from tests.pruning import edit_config, random_plan
+
+__all__ = ["hub"]  # a fixture
 
 
 def run(*arguments: object, status: int = 0) -> str:
@@ -153,3 +156,27 @@ def test_export_tells_what_the_pruned_model_loses(deepseek, tmp_path):
 
 def test_the_help_has_an_example():
     assert "Example: moeprune check" in run("check", "--help")
+
+
+def test_a_model_of_the_hub_is_checked_without_a_download(hub: FakeHub, tmp_path):
+    source = save("mixtral", tmp_path / "model")
+    hub.add("org/model", source)
+    assert run("check", "org/model", "--json") == run("check", source, "--json")
+    random_plan(open_source(source).facts, keep=4, top_k=2).save(tmp_path / "plan.json")
+    plan = ["check", tmp_path / "plan.json", "--engine", "vllm", "--json", "--model"]
+    assert run(*plan, "org/model") == run(*plan, source)
+    assert hub.bytes_of() and None not in [wanted for _, wanted in hub.bytes_of()]
+
+
+def test_a_gguf_file_is_told_apart_from_a_plan(tmp_path):
+    with pytest.raises(DeployError, match=r"which a GGUF file has not\. Check the plan, with --engine llama\.cpp"):
+        run("check", tmp_path / "model.gguf")
+
+
+def test_a_plan_says_which_errors_it_could_not_look_for(tmp_path):
+    fake_stats(facts(num_experts=64, top_k=4)).save(tmp_path / "stats")
+    command = ["plan", tmp_path / "stats", "--keep", "0.5", "--force", "--out", tmp_path / "plan.json"]
+    text = run(*command, "--for", "vllm", "--tp", "7")
+    assert "advice: not checked, because it is not in the statistics: " in text
+    assert "tp-cuts-experts" in text and "Run `moeprune check` with the plan, --model and the same options." in text
+    assert "not checked" not in run(*command)

@@ -163,6 +163,7 @@ CASES = [
     case("fused-top-k", "vllm", {"num_experts": 96}, {"scoring": "sigmoid"}),
     case("fused-shared-expert", "sglang", {"n_group": 8, "num_experts": 192}, {"num_experts": 256}, "disable-shared"),
     case("fused-shared-expert", "sglang", {"n_group": 8, "num_experts": 192}, {"shared_experts": 2}),
+    case("fused-shared-expert", "sglang", {"n_group": 8, "num_experts": 192}, {}, held_ep=8, held_tp=8),
     case("tuned-file", "vllm", {"num_experts": 96}, {"num_experts": 128}, "E=96,N=384 on h100", gpu="h100", tp=2),
     case("tuned-file", "sglang", {"num_experts": 96}, {"num_experts": 128}, "SGLANG_MOE_CONFIG_DIR", gpu="h100", tp=2),
     case("tuned-file", "vllm", {}, {}, "E=128,N=768 on h100", gpu="h100", held_tp=2),
@@ -172,8 +173,9 @@ CASES = [
     ),
     case(
         "tuned-file", "sglang", {"quantisation": INT4}, {"quantisation": FP8}, "E=128,N=384,dtype=int4_w4a16",
-        gpu="h100", tp=2,
+        gpu="mi300x", tp=2, held_gpu="h100",
     ),
+    case("tuned-file", "vllm", {"num_experts": 96}, {"quantisation": INT4}, "on h100", gpu="h100", tp=2),
     case("aligned-experts", "vllm", {"num_experts": 1000}, {"num_experts": 992}, "too many for vLLM's Triton"),
     case(
         "blackwell-fp8", "vllm", {"n_group": 1, "num_experts": 90, "quantisation": FP8}, {"num_experts": 92},
@@ -183,6 +185,9 @@ CASES = [
     case("blackwell-fp8", "vllm", {"num_experts": 90, "quantisation": FP8}, {"quantisation": PLAIN}, gpu="gb200"),
     case("tp-above-experts", "vllm", {"num_experts": 7}, {"num_experts": 8}, "Use --tp 7 or less", tp=8),
     case("tp-above-experts", "sglang", {"num_experts": 7}, {"num_experts": 8}, tp=8),
+    case("tp-above-experts", "vllm", {"num_experts": 7}, {"model_type": "mixtral"}, tp=8),
+    case("tp-above-experts", "sglang", {"num_experts": 7}, {"model_type": "mixtral"}, tp=8),
+    case("tp-above-experts", "sglang", {"n_group": 1, "topk_group": 1, "num_experts": 12}, {"num_experts": 16}, tp=16),
     case("tp-cuts-experts", "vllm", {"expert_width": 700}, {"expert_width": 704}, "into 8 equal slices", tp=8),
     case("tp-cuts-experts", "sglang", {"expert_width": 700}, {"expert_width": 704}, "Use --tp 7", tp=8),
     case(
@@ -199,6 +204,10 @@ CASES = [
         held_redundant=4,
     ),
     case("ep-uneven", "vllm", {"num_experts": 100}, {"num_experts": 104}, "num_redundant_experts = 4", ep=8),
+    case("ep-even", "transformers", {"num_experts": 100}, {"num_experts": 104}, "Keep 96 or 104.", ep=8, redundant=4),
+    case("ep-even", "sglang", {"most": 128}, {}, "Use --ep 128, or use --ep-num-redundant", ep=256, held_ep=128),
+    case("ep-spans-tp", "vllm", {}, {}, "Use --ep 8", tp=8, ep=4, held_ep=16),
+    case("ep-spans-tp", "transformers", {}, {}, "Use --ep 8", tp=8, ep=4, held_tp=4),
     case("ep-within-tp", "sglang", {}, {}, "Use --ep 4", tp=8, ep=6, held_ep=4),
     *(
         case(

@@ -61,8 +61,28 @@ def test_several_engines_at_once():
 
 def test_no_number_fits():
     model = facts(num_experts=8, top_k=2)
-    with pytest.raises(PlanError, match=r"^no number of experts fits: error \(sglang\) .*16 expert-parallel ranks"):
+    with pytest.raises(PlanError) as error:
         chosen(model, 6, "sglang", ep=16)
+    assert str(error.value) == (
+        "no number of experts fits sglang. With 6: 6 experts on 16 expert-parallel ranks: SGLang asserts an even "
+        "share. Use --ep 8, or use --ep-num-redundant-experts 10."
+    )
+
+
+def test_where_no_number_fits_what_stands_in_the_way_of_all_is_told():
+    """And not that 45 experts are shared unevenly, which 48 would not be."""
+    with pytest.raises(PlanError) as error:
+        chosen(facts(num_experts=64, top_k=8), 45, "sglang", ep=8, tp=4)
+    assert str(error.value) == (
+        "no number of experts fits sglang. With 48: --ep 8 with --tp 4: SGLang's expert-parallel size divides its "
+        "tensor-parallel size. Use --ep 4."
+    )
+
+
+def test_no_number_below_the_top_k_is_advised():
+    model = facts_of_model(facts(num_experts=60, top_k=12), num_experts=13)
+    with pytest.raises(PlanError, match=r"Keep 20, or plan without --for\.$"):
+        require_count(model, servings(["sglang"], ep=10, tp=10))
 
 
 @given(
@@ -81,7 +101,7 @@ def test_the_chosen_number_is_sound_and_as_near_as_errors_allow(asked, ep, n_gro
         for n in range(least, 65)
         if n % n_group == 0
         and (n_group == 1 or (n >= 2 * n_group and max(1, n_group // 2) * (n // n_group) >= 4))
-        and (engine != "sglang" or n % ep == 0)
+        and (engine not in ("sglang", "transformers") or n % ep == 0)
     ]
     assert number in sound
     assert asked == 64 or number < 64

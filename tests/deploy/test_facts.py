@@ -153,3 +153,9 @@ def test_refused_servings(arguments, message):
 def test_into_how_many_slices_an_expert_is_cut(engine, tp, ep, shards):
     (serving,) = servings([engine, engine], tp=tp, ep=ep)
     assert serving.width_shards == shards
+
+
+def test_a_width_for_each_tower_is_not_replaced_by_that_of_the_dense_layers():
+    raw = {"model_type": "ernie4_5_moe_vl", "moe_num_experts": [64, 64], "intermediate_size": 12288}
+    assert facts_of_config(raw | {"moe_intermediate_size": [1536, 512]}).expert_width is None
+    assert facts_of_config(raw | {"moe_intermediate_size": [1536, 1536]}).expert_width == 1536

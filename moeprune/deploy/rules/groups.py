@@ -50,11 +50,11 @@ def groups_divide(facts: DeployFacts, serving: Serving) -> Problem | None:
     """
     if not _grouped(facts, serving) or facts.num_experts % facts.n_group == 0:
         return None
+    fitting = nearest(facts, lambda n: n % facts.n_group == 0 and n >= 2 * facts.n_group)
     return Problem(
         f"{facts.num_experts} experts do not fit into {facts.n_group} groups of one size: {serving.engine} "
         f"{UNEQUAL[serving.engine]}.",
-        f"Keep {nearest(facts, lambda n: n % facts.n_group == 0 and n >= 2 * facts.n_group)}, the same number of each "
-        f"group, {UNGROUPED}",
+        f"Keep {fitting or 2 * facts.n_group}, the same number of each group, {UNGROUPED}",
     )
 
 
@@ -182,8 +182,10 @@ def fused_deepseek_router(facts: DeployFacts, serving: Serving) -> Problem | Non
 
     if fits(facts.num_experts) and facts.top_k <= 8:
         return None
+    fitting = nearest(facts, fits)
+    keeps = f"{fitting} experts keep it; otherwise c" if fitting else "C"
     return Problem(
         f"{facts.num_experts} experts, top-{facts.top_k}, {facts.topk_group} of {facts.n_group} groups: SGLang's "
         "FlashInfer router takes powers of two with small groups and up to top-8, the Triton router is used.",
-        f"{nearest(facts, fits)} experts keep it; otherwise compare the router's time before and after.",
+        f"{keeps}ompare the router's time before and after.",
     )

@@ -45,10 +45,12 @@ def fused_top_k(facts: DeployFacts, serving: Serving) -> Problem | None:
 
     if fits(facts.num_experts):
         return None
+    fitting = nearest(facts, fits)
     return Problem(
         f"the router's top-k has no fused kernel for {facts.num_experts} experts: it takes several, which is slower at "
         "small batches.",
-        f"{nearest(facts, fits)} experts have one. Seldom worth other experts: compare the router's time first.",
+        f"{f'{fitting} experts have one. ' if fitting else ''}Seldom worth other experts: compare the router's time "
+        "first.",
     )
 
 
@@ -56,9 +58,10 @@ def fused_top_k(facts: DeployFacts, serving: Serving) -> Problem | None:
 def fused_shared_expert(facts: DeployFacts, serving: Serving) -> Problem | None:
     """SGLang computes DeepSeek-V3's shared expert together with the routed ones at 256 of them only.
 
-    Source: sglang srt/models/deepseek_v2.py:3357-3374 ("Config does not support fused shared expert(s)").
+    Source: sglang srt/models/deepseek_v2.py:3357-3374 ("Config does not support fused shared expert(s)"); with expert
+    parallelism it does not either way (line 3385).
     """
-    at = FUSED_SHARED.get(facts.model_type)
+    at = FUSED_SHARED.get(facts.model_type) if serving.ep == 1 else None
     if at is None or facts.shared_experts != 1 or facts.num_experts == at or (facts.most or at) != at:
         return None
     return Problem(
@@ -77,8 +80,8 @@ def tuned_file(facts: DeployFacts, serving: Serving) -> Problem | None:
     """
     assert serving.gpu is not None and facts.expert_width is not None and facts.quantisation is not None
     kind = facts.quantisation.kind
-    if kind not in DTYPE_OF_FILE:
-        return None  # served by other kernels
+    if kind not in DTYPE_OF_FILE or (kind == "int4" and not serving.gpu.startswith("mi")):
+        return None  # served by other kernels: 4-bit experts by Marlin wherever that runs
     shape = {
         "width": facts.expert_width // serving.width_shards,
         "dtype": DTYPE_OF_FILE[kind],
@@ -86,6 +89,8 @@ def tuned_file(facts: DeployFacts, serving: Serving) -> Problem | None:
     }
 
     def fits(num_experts: int) -> bool:
+        if 2 * num_experts < facts.num_experts:
+            return False  # too far to be advised
         held, rest = divmod(num_experts + serving.redundant, serving.ep)
         return not rest and has_tuned_file(serving.engine, serving.gpu or "", num_experts=held, **shape)
 
@@ -98,7 +103,7 @@ def tuned_file(facts: DeployFacts, serving: Serving) -> Problem | None:
         f"{serving.engine} has no tuned kernel configuration for {stem} on {serving.gpu}: its Triton kernel runs with "
         "defaults.",
         f"Tune it ({TUNER[serving.engine]}) and put the file where {FOLDER[serving.engine]} points"
-        f"{'' if others == 'another model' else f'; {others} experts have one'}.",
+        f"{f'; {others} experts have one' if others else ''}.",
     )
 
 
@@ -126,8 +131,9 @@ def blackwell_fp8(facts: DeployFacts, serving: Serving) -> Problem | None:
         return None
     if facts.num_experts % 4 == 0 and facts.num_experts <= 512 and facts.top_k <= 32:
         return None
+    fitting = nearest(facts, lambda n: n % 4 == 0 and n <= 512)
     return Problem(
         f"{facts.num_experts} experts, top-{facts.top_k}, stored in FP8 blocks: vLLM's FlashInfer kernel for Blackwell "
         "asserts a multiple of 4, at most 512, and at most top-32.",
-        f"Keep {nearest(facts, lambda n: n % 4 == 0 and n <= 512)}, or choose another FP8 backend.",
+        f"{f'Keep {fitting}, or choose' if fitting else 'Choose'} another FP8 backend.",
     )

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeprune.deploy.facts import DeployFacts
-from moeprune.deploy.rule import ERROR, SERVERS, SGLANG, VLLM, WARNING, Problem, nearest, rule
+from moeprune.deploy.rule import ERROR, SERVERS, SGLANG, TRANSFORMERS, VLLM, WARNING, Problem, nearest, rule
 from moeprune.deploy.serving import Serving
+
+# How the types begin whose classes compare the two. Others cut each expert and do not care: Mixtral, OLMoE, gpt-oss.
+REFUSE_TP_ABOVE_EXPERTS = {
+    VLLM: (
+        "cohere2_moe", "ernie4_5", "exaone_moe", "hy_v3", "interns1_pro", "laguna", "lfm2_moe", "mimo_v2",
+        "minimax_m2", "minimax_m3", "qwen2_moe", "qwen3_", "step3",
+    ),
+    SGLANG: (
+        "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_vl", "exaone_moe", "glm4_moe", "glm4v_moe",
+        "glm_moe_dsa", "hunyuan_v1_moe", "kimi_k2", "laguna", "lfm2_moe", "longcat_flash", "mimo_v2", "minimax_m2",
+        "minimax_m3", "qwen2_moe", "qwen3_", "sarvam", "step3", "zaya",
+    ),
+}  # fmt: skip
 
 
 @rule("tp-above-experts", ERROR, SERVERS)
 def tp_above_experts(facts: DeployFacts, serving: Serving) -> Problem | None:
-    """There are at least as many experts as tensor-parallel ranks.
+    """There are at least as many experts as tensor-parallel ranks, for models that are asked for it.
 
-    Source: vllm models/qwen3_moe.py:154 and sglang srt/models/deepseek_v2.py:714 ("Tensor parallel size ... is greater
-    than the number of experts").
+    Source: vllm models/qwen3_moe.py:154, sglang srt/models/deepseek_v2.py:714 and others ("Tensor parallel size ... is
+    greater than the number of experts"); vllm models/mixtral.py and sglang srt/models/mixtral.py do not ask.
     """
-    if serving.tp <= facts.num_experts:
+    if serving.tp <= facts.num_experts or not facts.model_type.startswith(REFUSE_TP_ABOVE_EXPERTS[serving.engine]):
         return None
     return Problem(
         f"--tp {serving.tp} with {facts.num_experts} experts is refused.",
@@ -62,13 +77,15 @@ def tp_cuts_groups(facts: DeployFacts, serving: Serving) -> Problem | None:
     )
 
 
-@rule("ep-even", ERROR, (SGLANG,))
+@rule("ep-even", ERROR, (SGLANG, TRANSFORMERS))
 def ep_even(facts: DeployFacts, serving: Serving) -> Problem | None:
-    """SGLang shares experts evenly among expert-parallel ranks.
+    """SGLang and transformers share experts evenly among expert-parallel ranks.
 
     Source: sglang srt/eplb/expert_location.py:256, srt/layers/moe/token_dispatcher/deepep.py:240 and mooncake.py:113,
-    srt/layers/moe/flashinfer_megamoe.py:530.
+    srt/layers/moe/flashinfer_megamoe.py:530; transformers distributed/expert_parallel.py:103.
     """
+    if serving.engine == TRANSFORMERS:
+        return _uneven(facts, replace(serving, redundant=0), "transformers refuses an uneven share", None)
     return _uneven(facts, serving, "SGLang asserts an even share", "--ep-num-redundant-experts {more}")
 
 
@@ -96,15 +113,37 @@ def ep_uneven(facts: DeployFacts, serving: Serving) -> Problem | None:
     return _uneven(facts, serving, does, "EPLB with num_redundant_experts = {more}")
 
 
-def _uneven(facts: DeployFacts, serving: Serving, does: str, option: str) -> Problem | None:
-    rest = (facts.num_experts + serving.redundant) % serving.ep
+def _uneven(facts: DeployFacts, serving: Serving, does: str, option: str | None) -> Problem | None:
+    held, rest = divmod(facts.num_experts + serving.redundant, serving.ep)
     if rest == 0:
         return None
-    more = option.format(more=serving.redundant + serving.ep - rest)
+    fitting = nearest(facts, lambda n: (n + serving.redundant) % serving.ep == 0)
+    ways = [f"keep {fitting}"] if fitting else []
+    if held == 0 or not ways:
+        ways.append(f"use --ep {max(n for n in range(1, serving.ep) if (facts.most or facts.num_experts) % n == 0)}")
+    if option is not None:
+        ways.append(f"use {option.format(more=serving.redundant + serving.ep - rest)}")
     redundant = f" and {serving.redundant} redundant ones" if serving.redundant else ""
+    instead = ", or ".join(ways)
     return Problem(
         f"{facts.num_experts} experts{redundant} on {serving.ep} expert-parallel ranks: {does}.",
-        f"Keep {nearest(facts, lambda n: (n + serving.redundant) % serving.ep == 0)}, or use {more}.",
+        f"{instead[0].upper()}{instead[1:]}.",
+    )
+
+
+@rule("ep-spans-tp", ERROR, (VLLM, TRANSFORMERS))
+def ep_spans_tp(facts: DeployFacts, serving: Serving) -> Problem | None:
+    """The expert-parallel ranks of vLLM and transformers are all tensor-parallel ones, times data-parallel replicas.
+
+    Source: vllm layers/fused_moe/config.py:1197-1221 (under --enable-expert-parallel the size is tensor- times
+    data-parallel size); transformers distributed/configuration_utils.py:183 ("must be a multiple of tp_size").
+    """
+    if serving.ep == 1 or serving.ep % serving.tp == 0:
+        return None
+    return Problem(
+        f"--ep {serving.ep} with --tp {serving.tp}: the expert-parallel size of {serving.engine} is a multiple of the "
+        "tensor-parallel one.",
+        f"Use --ep {-(-serving.ep // serving.tp) * serving.tp}.",
     )
 
 
