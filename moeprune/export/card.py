@@ -48,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 ```bash
 vllm serve {path}
-moeprune verify {path}   # compares every tensor and the logits with the original
+moeprune verify {path} --against {base}   # compares every tensor and the logits with the original
 ```
 
 Pruned experts carry knowledge that calibration text may not have shown. Measure what you need before you deploy.

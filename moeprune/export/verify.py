@@ -19,6 +19,7 @@ from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, resolve_mode
 from moeprune.checkpoint.load import load_model
 from moeprune.errors import CheckpointError, UnsupportedModelError, VerifyError
 from moeprune.export.behaviour import RELOAD, check_streamed, check_whole, no_room, probes, run_whole
+from moeprune.export.copying import HASH, hash_file
 from moeprune.export.export import MANIFEST
 from moeprune.files import read_json
 from moeprune.plan.plan import Plan
@@ -48,7 +49,8 @@ def verify_checkpoint(
         quiet: No progress bar.
 
     Returns:
-        The checks in order. Without a source, bytes and logits are not compared, and the list says so.
+        The checks in order. Without a source the files are compared with the hashes that the export recorded, bytes and
+        logits are not compared, and the list says so.
     """
     try:
         plan = plan or _recorded_plan(folder)
@@ -74,6 +76,7 @@ def verify_checkpoint(
     except (CheckpointError, UnsupportedModelError) as error:
         checks.append(Check(RELOAD if checks else "layout", False, str(error)))
     if source is None:
+        checks += _check_hashes(checkpoint, quiet)
         checks.append(
             Check("comparison with the source", True, f"not made: {plan.model.name} is not at hand (--against)")
         )
@@ -129,6 +132,24 @@ def _check_fingerprint(source: Source, plan: Plan) -> Check:
     same = found == plan.model.fingerprint
     detail = f"{source.checkpoint.path} ({found[:12]})"
     return Check("source", same, detail if same else f"{detail}: the plan was made for {plan.model.fingerprint[:12]}")
+
+
+def _check_hashes(checkpoint: Checkpoint, quiet: bool) -> list[Check]:
+    """Whether the files are those that were written; no check where the export left no record."""
+    manifest = checkpoint.path / MANIFEST
+    recorded = read_json(manifest).get("files") if manifest.is_file() else None
+    if not recorded or not isinstance(recorded, dict):
+        return []
+    name, found = "files as they were written", {shard.name: shard for shard in checkpoint.shards}
+    if found.keys() != recorded.keys():
+        other = min(found.keys() ^ recorded.keys())
+        return [Check(name, False, f"{other} is {'not in' if other in found else 'only in'} {MANIFEST}")]
+    total = sum(shard.stat().st_size for shard in checkpoint.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
+        for shard in checkpoint.shards:
+            if hash_file(shard, progress=bar.update) != recorded[shard.name].get(HASH):
+                return [Check(name, False, f"{shard.name} has another {HASH} hash than {MANIFEST} says")]
+    return [Check(name, True, f"{len(found)} files, {total:,} bytes, by their {HASH} hashes")]
 
 
 def _check_tensors(checkpoint: Checkpoint, source: Source, plan: Plan, quiet: bool) -> Check:

@@ -293,9 +293,38 @@ def test_without_its_source_it_says_that_nothing_was_compared(tmp_path):
         "layout",
         "config",
         "strict reload",
+        "files as they were written",
         "comparison with the source",
         "generation",
     ]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "renamed", "gone"])
+def test_without_its_source_a_file_that_changed_since_the_export_is_found(tmp_path, damage):
+    source, out, _ = exported(tmp_path)
+    shutil.rmtree(source)
+    manifest = json.loads((out / "moeprune.json").read_text())
+    [(file, entry)] = manifest["files"].items()
+    if damage == "flipped":
+        data = bytearray((out / file).read_bytes())
+        data[-1] ^= 1
+        (out / file).write_bytes(data)
+        expected = f"{file} has another xxh3_128 hash than moeprune.json says"
+    else:
+        manifest["files"] = {"other.safetensors": entry} if damage == "renamed" else {file: entry, "z": entry}
+        (out / "moeprune.json").write_text(json.dumps(manifest))
+        expected = f"{file} is not in moeprune.json" if damage == "renamed" else "z is only in moeprune.json"
+    failed = [check for check in verify_checkpoint(out, quiet=True) if not check.passed]
+    assert failed == [Check("files as they were written", False, expected)]
+
+
+def test_without_source_and_record_nothing_is_compared(tmp_path):
+    source, out, plan = exported(tmp_path)
+    shutil.rmtree(source)
+    (out / "moeprune.json").unlink()
+    checks = verify_checkpoint(out, plan=plan, quiet=True)
+    assert "files as they were written" not in {check.name for check in checks}
+    assert all(check.passed for check in checks)
 
 
 def test_a_source_that_moved_is_given_by_against(tmp_path):
