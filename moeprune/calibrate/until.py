@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeprune.calibrate.ranks import Ranks
-from moeprune.calibrate.reliability import reliability
+from moeprune.calibrate.reliability import split_half
 from moeprune.calibrate.stats import Stats
 
 CHECKS = 20
@@ -17,8 +17,12 @@ STABLE = "stable"
 class Until:
     """When to stop before the text ends.
 
+    The mean over the layers decides, and not the lowest: in a layer whose experts matter about alike no amount of text
+    ranks them reliably, and the choice among them matters least; such a layer would keep a run from ever ending. The
+    lowest is said beside the mean, for whoever wants to look at it.
+
     Attributes:
-        reliability: Split-half reliability that is enough, 0 to 1.
+        reliability: Split-half reliability that is enough, 0 to 1, mean over the layers.
         score: The score whose reliability it is.
     """
 
@@ -27,7 +31,7 @@ class Until:
 
     def check(self, stats: Stats) -> None:
         """Raise :class:`moeprune.errors.StatsError` if these statistics will never tell the score's reliability."""
-        reliability(stats, score=self.score)
+        split_half(stats, score=self.score)
 
     def boundaries(self, batches: int) -> list[int]:
         """After which batches of the whole text to look: every twentieth of it, whatever the number of ranks."""
@@ -43,13 +47,16 @@ def stop_early(stats: Stats, *, until: Until, ranks: Ranks) -> dict[str, Any] | 
         until: What is enough.
         ranks: The ranks.
     """
-    whole = ranks.reduce(stats)
-
+    whole = ranks.reduce(replace(stats, layers={}, more={}))  # what no reliability needs can be large
     return ranks.once(lambda: record if (record := outcome(whole, until=until))["why"] == STABLE else None)
 
 
 def outcome(stats: Stats, *, until: Until) -> dict[str, Any]:
-    """What is said of the end of a run in its statistics."""
-    reached = reliability(stats, score=until.score)
-    why = STABLE if reached >= until.reliability else "end of the text"
-    return {"why": why, "score": until.score, "reliability": reached, "wanted": until.reliability}
+    """What is said of the end of a run in its statistics; ``lowest`` is of the layer that is ranked least reliably."""
+    halves = split_half(stats, score=until.score)
+    why = STABLE if halves.mean >= until.reliability else "end of the text"
+    record = {"why": why, "score": until.score, "reliability": halves.mean, "wanted": until.reliability}
+    if not halves.layers:
+        return record
+    lowest, layer = min(zip(halves.whole, halves.layers, strict=True))
+    return record | {"lowest": {"layer": layer, "reliability": lowest}}

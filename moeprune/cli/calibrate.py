@@ -127,10 +127,14 @@ def _result_text(facts: dict[str, Any], out: Path) -> str:
     run = facts["run"]
     lines = [f"{out}: {facts['tokens']:,} tokens of {len(facts['domains'])} domain(s) in {run['seconds']} s"]
     stopped = run.get("stopped", {})
+    lowest = stopped.get("lowest")
+    lowest = f" ({lowest['reliability']:.3f} in {lowest['layer']}, the lowest)" if lowest else ""
     if stopped.get("why") == "stable":
-        lines.append(f"Stopped: the reliability of {stopped['score']} is {stopped['reliability']:.3f}.")
+        lines.append(f"Stopped: the reliability of {stopped['score']} is {stopped['reliability']:.3f}{lowest}.")
     elif stopped:
-        lines.append(f"{stopped['score']} was not stable: its reliability is {stopped['reliability']:.3f} at the end.")
+        lines.append(
+            f"{stopped['score']} was not stable: its reliability is {stopped['reliability']:.3f}{lowest} at the end."
+        )
     if facts["never_routed"]:
         lines.append(f"{facts['never_routed']} of {facts['experts']} experts were never chosen.")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from moeprune.calibrate.reliability import split_half
 from moeprune.calibrate.stats import Stats
 from moeprune.cli import app, main
 from tests.models import save_with_tokenizer
@@ -166,6 +167,10 @@ def test_a_run_stops_when_its_score_is_stable(model: Path, tmp_path: Path) -> No
     assert 0 < stats.tokens.sum() < 4000
     assert np.ptp(stats.tokens) <= 200  # both domains have their share
     assert "Stopped: the reliability of frequency is" in said
+    halves = split_half(stats, score="frequency")
+    lowest = halves.whole.index(min(halves.whole))
+    assert stopped["lowest"] == {"layer": halves.layers[lowest], "reliability": halves.whole[lowest]}
+    assert f"({halves.whole[lowest]:.3f} in {halves.layers[lowest]}, the lowest)." in said
 
 
 def test_text_that_ends_too_early_is_said(model: Path, tmp_path: Path) -> None:
