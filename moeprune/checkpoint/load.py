@@ -80,7 +80,8 @@ def load_model(
     except MoePruneError:
         raise
     except (RuntimeError, ValueError, OSError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: does not load: {error}") from error
+        reason = " ".join(str(error).split())  # some come in many lines
+        raise CheckpointError(f"{path}: does not load: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

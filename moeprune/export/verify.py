@@ -74,7 +74,7 @@ def verify_checkpoint(
             pruned = load_model(folder, device=device)
             checks.append(Check(RELOAD, True, "no missing, unexpected or mismatched tensor"))
     except (CheckpointError, UnsupportedModelError) as error:
-        checks.append(Check(RELOAD if checks else "layout", False, str(error)))
+        checks.append(_not_loaded(error, source, device) if checks else Check("layout", False, str(error)))
     if source is None:
         checks += _check_hashes(checkpoint, quiet)
         checks.append(
@@ -112,6 +112,16 @@ def _source_path(plan: Plan, against: str | Path | None) -> Path | None:
         return resolve_model(against)
     recorded = plan.model.name
     return resolve_model(recorded) if recorded == DEMO or Path(recorded).is_dir() else None
+
+
+def _not_loaded(error: Exception, source: Source | None, device: str) -> Check:
+    """A reload that failed; not for the export to answer for if the source fails as well."""
+    if source is not None:
+        try:
+            load_model(source.path, device=device)
+        except CheckpointError as same:
+            return Check(RELOAD, True, f"not made, nor are logits compared, as for the source: {same}")
+    return Check(RELOAD, False, str(error))
 
 
 def _check_counts(pruned: Source, plan: Plan) -> Check:

@@ -185,6 +185,23 @@ def test_experts_that_transformers_cannot_run_are_compared_byte_for_byte(tmp_pat
     assert [name for name, _ in failures(tmp_path / "out")] == [BYTES]
 
 
+def test_a_source_that_does_not_load_either_is_compared_byte_for_byte(tmp_path):
+    """A format that this release of its library no longer reads."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_quantised("qwen3_moe", source, "ct-int4-asymmetric")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "of another time"
+    (source / "config.json").write_text(json.dumps(config))
+    export_checkpoint(source, plan=plan_for(source, "qwen3_moe"), out=out, quiet=True)
+    checks = {check.name: check for check in verify_checkpoint(out, quiet=True)}
+    assert checks["strict reload"].passed
+    assert checks["strict reload"].detail.startswith(
+        f"not made, nor are logits compared, as for the source: {source}: does not load: "
+    )
+    assert "\n" not in checks["strict reload"].detail
+    assert checks["every tensor byte for byte"].passed
+
+
 def test_models_without_room_run_layer_by_layer(tmp_path, monkeypatch):
     _, out, _ = exported(tmp_path)
     monkeypatch.setattr(verify_module, "no_room", lambda *sources, device: "too large")
