@@ -33,15 +33,20 @@ def check_spellings(config: Mapping[str, Any], file: Path) -> None:
             _check_equal(file, path, "base of the rotary embedding", given)
 
 
-def check_counts(model_type: str, num_experts: ConfigField, top_k: ConfigField) -> None:
+def check_counts(where: str, num_experts: ConfigField, top_k: ConfigField) -> None:
     """Refuse a config whose top-k is larger than its number of experts: transformers builds it and fails on first use.
+
+    Args:
+        where: The folder, or the model type of a config that is in none.
+        num_experts: The number of experts.
+        top_k: The number of active ones.
 
     Raises:
         CheckpointError: If it is.
     """
     if top_k.value > num_experts.value:
         raise CheckpointError(
-            f"{model_type}: its config says {top_k.name} = {top_k.value} and {num_experts.name} = {num_experts.value}; "
+            f"{where}: its config says {top_k.name} = {top_k.value} and {num_experts.name} = {num_experts.value}; "
             "a token cannot use more experts than a layer has. Correct config.json, or download it again."
         )
 

@@ -53,7 +53,7 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
         )
     layers, axes, own_tensors = group_layers(text.model_type, skeleton, found, own)
     top_k = fix_top_k(config, find_field(config, TOP_K), skeleton, layers[-1], hidden_size=text.hidden_size)
-    check_counts(config.model_type, num_experts, top_k)
+    check_counts(config.name_or_path or config.model_type, num_experts, top_k)
     n_group, topk_group = groups_of(config)
     routing = probe_routing(skeleton, layers, axes, hidden_size=text.hidden_size)
     return Anatomy(
