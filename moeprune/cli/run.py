@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -36,16 +37,20 @@ def run(
     if not path.exists() and recipe in recipes():
         path = recipes()[recipe]
     loaded = load_recipe(path)
-    from moeprune.run.driver import list_stages, run_recipe
+    from moeprune.run.driver import preview, run_recipe
 
     if dry_run:
-        listed = list_stages(loaded, out=out, device=device, force=force)
+        ahead = preview(loaded, out=out, device=device, force=force)
         if as_json:
-            print_json({"recipe": loaded.model_dump(mode="json"), "stages": dict(listed)})
+            recipe_json, sizes = loaded.model_dump(mode="json", by_alias=True), ahead.sizes.items()
+            print_json({"recipe": recipe_json, "stages": ahead.stages, "sizes": {n: asdict(s) for n, s in sizes}})
             return
         typer.echo(dump_recipe(loaded))
-        for name, state in listed:
-            typer.echo(f"{name}: {state}")
+        for name, size in ahead.sizes.items():
+            chosen = f": {size.served['chosen']}" if "chosen" in size.served else ""
+            typer.echo(f"variant {name}: {size.num_experts} experts, top-{size.top_k}{chosen}")
+        for name, due in ahead.stages.items():
+            typer.echo(f"{name}: {'to do' if due else 'up to date'}")
         return
 
     def say(line: str) -> None:

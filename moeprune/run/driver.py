@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from moeprune.files import write_text
+from moeprune.plan.uniform import Sizes
 from moeprune.recipe import Recipe, dump_recipe
 from moeprune.run.facts import collect_facts
 from moeprune.run.preflight import check_run
@@ -69,17 +71,30 @@ def run_recipe(
     return facts
 
 
-def list_stages(recipe: Recipe, *, out: Path, device: str = "auto", force: bool = False) -> list[tuple[str, str]]:
-    """What :func:`run_recipe` would do: (stage, ``to do`` or ``up to date``), after the same checks. Writes nothing."""
+@dataclass(frozen=True)
+class Preview:
+    """What :func:`run_recipe` would do.
+
+    Attributes:
+        stages: Every stage by name: whether it is still to be done.
+        sizes: What each variant makes of the model.
+    """
+
+    stages: dict[str, bool]
+    sizes: dict[str, Sizes]
+
+
+def preview(recipe: Recipe, *, out: Path, device: str = "auto", force: bool = False) -> Preview:
+    """Look ahead, after the same checks as :func:`run_recipe`. Writes nothing."""
     space = Workspace(recipe, out, device=device)
-    check_run(space, force=force)
+    sizes = check_run(space, force=force)
     state = RunState(out)
-    listed, changed = [], force
+    due: dict[str, bool] = {}
     for stage in stages(space):
-        # What comes after a stage that is still to be done depends on files that do not exist yet.
-        changed = changed or not state.is_done(stage.name, stage.fingerprint(), stage.outputs)
-        listed.append((stage.name, "to do" if changed else "up to date"))
-    return [*listed, ("report", "to do" if changed else "up to date")]
+        # What depends on a stage that is still to be done depends on files that are not there yet, or will change.
+        waits = force or any(due[name] for name in stage.after)
+        due[stage.name] = waits or not state.is_done(stage.name, stage.fingerprint(), stage.outputs)
+    return Preview({**due, "report": any(due.values())}, sizes)
 
 
 def _bring_up_to_date(stage: Stage, state: RunState, say: Say) -> None:

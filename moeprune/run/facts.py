@@ -10,8 +10,9 @@ from moeprune.anatomy.sizes import pruned_sizes
 from moeprune.calibrate.load import load_entropy, load_share
 from moeprune.calibrate.stats import Stats
 from moeprune.files import read_json
-from moeprune.plan.plan import Plan
+from moeprune.plan.plan import Plan, num_to_keep
 from moeprune.recipe import ORIGINAL, PlanSettings, dump_recipe
+from moeprune.run.stages import stages
 from moeprune.run.state import RunState
 from moeprune.run.workspace import Workspace
 from moeprune.score import SCORES
@@ -20,9 +21,9 @@ from moeprune.score import SCORES
 def collect_facts(space: Workspace, state: RunState) -> dict[str, Any]:
     """Read the files of a finished run into the facts of its report."""
     stats = Stats.load(space.stats_path)
-    evaluated = _read(space, "eval.json") or {"models": {}, "paired": {}}
-    speed = _read(space, "throughput.json") or {}
-    verified = _read(space, "verify.json")
+    # A run folder may also hold what an earlier recipe measured, of other plans under the same names.
+    evaluated = read_json(space.out / "eval.json") if space.recipe.evaluate else {"models": {}, "paired": {}}
+    speed = read_json(space.out / "throughput.json") if space.recipe.throughput else {}
     variants = [_variant(space, None, evaluated, speed), *(_variant(space, s, evaluated, speed) for s in space.plans)]
     facts = {
         "format": 1,
@@ -39,16 +40,12 @@ def collect_facts(space: Workspace, state: RunState) -> dict[str, Any]:
         "recipe_yaml": dump_recipe(space.recipe),
         "command": state.data["command"],
         "environment": state.data["versions"],
-        "seconds": {name: record["seconds"] for name, record in state.stages.items() if name != "report"},
+        "seconds": {stage.name: state.stages[stage.name]["seconds"] for stage in stages(space)},
     }
-    if verified is not None and space.recipe.exported:
+    if space.recipe.exported:
+        verified = read_json(space.out / "verify.json")
         facts["verify"] = {"passed": all(check["passed"] for check in verified), "checks": verified}
     return facts
-
-
-def _read(space: Workspace, name: str) -> Any:
-    path = space.out / name
-    return read_json(path) if path.is_file() else None
 
 
 def _model(space: Workspace) -> dict[str, Any]:
@@ -83,7 +80,7 @@ def _variant(
         "active_parameters": sizes.active_after,
         "bytes": sizes.bytes_after,
         "exported": settings is not None and name == space.recipe.exported,
-        "warnings": list(plan.warnings) if plan else [],
+        "warnings": _remarks(plan, settings) if plan and settings else [],
     }
     if name in evaluated["models"]:
         result = evaluated["models"][name]
@@ -93,6 +90,15 @@ def _variant(
     if name in speed:
         variant["throughput"] = speed[name]
     return variant
+
+
+def _remarks(plan: Plan, settings: PlanSettings) -> list[str]:
+    """Its warnings, and why it has another number of experts than was asked for and may be its name."""
+    asked = num_to_keep(plan.model, keep=settings.keep or 1.0, n_group=plan.n_group)
+    if "chosen" not in plan.method or plan.num_experts == asked:
+        return list(plan.warnings)
+    engines = ", ".join(dict.fromkeys(serving["engine"] for serving in plan.method["for"]))
+    return [f"chosen for {engines}: {plan.method['chosen']}", *plan.warnings]
 
 
 def _router(space: Workspace, stats: Stats) -> dict[str, Any]:
@@ -107,8 +113,8 @@ def _router(space: Workspace, stats: Stats) -> dict[str, Any]:
         "saliency": {"score": score, "values": _rows(SCORES.get(score).saliency(stats))},
     }
     exported = space.recipe.exported
-    after = space.out / "after.safetensors"
-    if exported is not None and after.is_file():
+    if exported is not None:
+        after = space.out / "after.safetensors"
         router["kept"] = {exported: [list(layer.keep) for layer in space.plan(exported).layers]}
         router["after"] = {exported: _rows(load_share(Stats.load(after).experts["count"].sum(axis=0)))}
     return router

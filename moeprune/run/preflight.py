@@ -9,13 +9,16 @@ from pathlib import Path
 from moeprune.calibrate.data import check_domains
 from moeprune.errors import MissingDependencyError, PlanError, RecipeError, did_you_mean
 from moeprune.evaluate import check_tasks
-from moeprune.plan.uniform import choose_sizes
+from moeprune.plan.uniform import Sizes, choose_sizes
 from moeprune.run.state import STATE
 from moeprune.run.workspace import Workspace, task_folder
 
 
-def check_run(space: Workspace, *, force: bool) -> None:
+def check_run(space: Workspace, *, force: bool) -> dict[str, Sizes]:
     """Refuse a run that cannot succeed.
+
+    Returns:
+        What each variant makes of the model, by name.
 
     Raises:
         RecipeError: If the folder is in use for something else.
@@ -38,14 +41,16 @@ def check_run(space: Workspace, *, force: bool) -> None:
         check_domains(space.data)
     facts = space.source.facts
     domains = [spec.name for spec in space.data]
+    sizes = {}
     for variant in space.plans:
         try:
-            choose_sizes(facts, **variant.sizes, where=space.recipe.where)
+            sizes[variant.name] = choose_sizes(facts, **variant.sizes, where=space.recipe.where)
         except PlanError as error:
             raise PlanError(f"variant {variant.name!r}: {error}") from error
         for domain in variant.domains or {}:
             if domain not in domains and not prompts:  # the rows of prompts name domains, too
                 raise PlanError(f"variant {variant.name!r}: unknown domain {domain!r}. {did_you_mean(domain, domains)}")
+    return sizes
 
 
 def check_folder(out: Path, *, force: bool) -> None:

@@ -26,12 +26,14 @@ class Stage:
         fingerprint: Hash of everything it depends on; computed only after the stages before it have run.
         outputs: The files that it makes.
         work: Makes them.
+        after: The stages whose files it depends on, by name.
     """
 
     name: str
     fingerprint: Callable[[], str]
     outputs: tuple[Path, ...]
     work: Callable[[], object]
+    after: tuple[str, ...] = ()
 
 
 def stages(space: Workspace) -> Iterator[Stage]:
@@ -84,6 +86,7 @@ def _plan(space: Workspace, name: str) -> Stage:
         ),
         (path,),
         work,
+        after=("calibrate",),
     )
 
 
@@ -108,7 +111,8 @@ def _evaluate(space: Workspace, name: str) -> Stage:
             batch_size=settings.batch_size, seed=settings.seed, name=name, quiet=space.quiet,
         ).save(space.eval_path(name))  # fmt: skip
 
-    return Stage(f"evaluate {name}", inputs, (space.eval_path(name),), work)
+    after = () if name == ORIGINAL else (f"plan {name}",)
+    return Stage(f"evaluate {name}", inputs, (space.eval_path(name),), work, after=after)
 
 
 def _compare(space: Workspace) -> Stage:
@@ -121,7 +125,11 @@ def _compare(space: Workspace) -> Stage:
         write_json(path, {"baseline": ORIGINAL, "models": models, "paired": compare(results, baseline=ORIGINAL)})
 
     return Stage(
-        "compare", lambda: fingerprint(results=[sha256_file(space.eval_path(n)) for n in names]), (path,), work
+        "compare",
+        lambda: fingerprint(results=[sha256_file(space.eval_path(n)) for n in names]),
+        (path,),
+        work,
+        after=tuple(f"evaluate {name}" for name in names),
     )
 
 
@@ -143,7 +151,7 @@ def _throughput(space: Workspace) -> Stage:
         models = {ORIGINAL: space.model, **{name: space.pruned(name) for name in names}}
         write_json(path, measure_throughput(models, **settings.model_dump(), seed=0, progress=not space.quiet))
 
-    return Stage("throughput", inputs, (path,), work)
+    return Stage("throughput", inputs, (path,), work, after=tuple(f"plan {name}" for name in names))
 
 
 def _export(space: Workspace, name: str) -> Stage:
@@ -160,6 +168,7 @@ def _export(space: Workspace, name: str) -> Stage:
         lambda: fingerprint(model=space.source.facts.fingerprint, plan=space.plan(name).sha256),
         (folder / "config.json", space.out / "plan.json"),
         work,
+        after=(f"plan {name}",),
     )
 
 
@@ -182,6 +191,7 @@ def _verify(space: Workspace) -> Stage:
                             manifest=sha256_file(folder / "moeprune.json")),
         (path,),
         work,
+        after=("export",),
     )  # fmt: skip
 
 
@@ -203,4 +213,5 @@ def _observe_pruned(space: Workspace, name: str) -> Stage:
         lambda: fingerprint(stats=sha256_file(space.stats_path), plan=space.plan(name).sha256),
         (path,),
         work,
+        after=("calibrate", f"plan {name}", "export"),
     )

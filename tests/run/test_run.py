@@ -12,7 +12,7 @@ from moeprune.errors import EvaluationError, PlanError, RecipeError
 from moeprune.evaluate import ModelResult
 from moeprune.recipe import Recipe, load_recipe
 from moeprune.run import stages
-from moeprune.run.driver import list_stages, run_recipe
+from moeprune.run.driver import preview, run_recipe
 from tests.run.conftest import make_recipe
 
 VARIANTS = ["original", "topk-2", "reap-50", "random-50", "ean-80-topk-2"]
@@ -55,14 +55,16 @@ def test_nothing_is_done_twice(finished: tuple[Path, dict], tiny_model: Path) ->
     assert done == []
     assert again == facts
     assert (out / "stats.safetensors").stat().st_mtime_ns == before
-    assert {state for _, state in list_stages(make_recipe(tiny_model), out=out)} == {"up to date"}
+    assert not any(preview(make_recipe(tiny_model), out=out).stages.values())
 
 
 def test_a_new_variant_redoes_only_what_depends_on_it(finished: tuple[Path, dict], tiny_model: Path) -> None:
     out, _ = finished
     changed = make_recipe(tiny_model, variants=[*make_recipe(tiny_model).model_dump()["variants"], {"top_k": 1}])
     changed = Recipe.model_validate(json.loads(changed.model_dump_json()))
+    ahead = preview(changed, out=out).stages
     _, done = run(changed, out)
+    assert [name for name, due in ahead.items() if due] == done, "a preview names just these"
     assert done == ["plan topk-1", "evaluate topk-1", "compare", "throughput", "report"]
 
 
@@ -126,6 +128,35 @@ def test_a_plan_edited_by_hand_is_evaluated_again(tiny_model: Path, tmp_path: Pa
     assert "evaluate reap-50" in done and "evaluate original" not in done
 
 
+def test_another_engine_makes_other_plans_of_the_same_statistics(tiny_model: Path, tmp_path: Path) -> None:
+    """The variant keeps its name, so nothing but the plan tells that its scores are of another model."""
+
+    def recipe(**engine: object) -> Recipe:
+        variants = {"variants": [{"score": "reap", "keep": 0.7}], "export": None, "throughput": None}
+        return make_recipe(tiny_model, **variants, **engine)
+
+    facts, _ = run(recipe(), tmp_path)
+    assert facts["variants"][1]["num_experts"] == 7 and facts["variants"][1]["warnings"] == _starved(facts)
+    served = recipe(**{"for": {"engine": "vllm", "ep": 4}})
+    assert preview(served, out=tmp_path).sizes["reap-70"].num_experts == 8
+    facts, done = run(served, tmp_path)
+    assert "calibrate" not in done and {"plan reap-70", "evaluate reap-70", "export"} <= set(done)
+    assert "evaluate original" not in done
+    assert facts["variants"][1]["num_experts"] == 8
+    assert facts["variants"][1]["warnings"][0].startswith("chosen for vllm: 8 experts instead of 7: ")
+    assert "results" in facts["variants"][1]
+
+    unmeasured = recipe(evaluate=None)
+    facts, _ = run(unmeasured, tmp_path)
+    assert facts["variants"][1]["num_experts"] == 7
+    assert "results" not in facts["variants"][1] and "paired" not in facts["variants"][1], "those of the other plan"
+    assert "compare" not in facts["seconds"] and "calibrate" in facts["seconds"]
+
+
+def _starved(facts: dict) -> list[str]:
+    return [text for text in facts["variants"][1]["warnings"] if "calibration tokens" in text]
+
+
 def test_force_starts_over(finished: tuple[Path, dict], tiny_model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tiny_model, variants=[{"top_k": 2}], export=None, throughput=None, evaluate=None)
     run(recipe, tmp_path / "run")
@@ -136,8 +167,11 @@ def test_force_starts_over(finished: tuple[Path, dict], tiny_model: Path, tmp_pa
 
 
 def test_a_dry_run_writes_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    listed = list_stages(make_recipe(tiny_model), out=tmp_path / "run")
-    assert listed[0] == ("calibrate", "to do") and listed[-1] == ("report", "to do")
+    ahead = preview(make_recipe(tiny_model), out=tmp_path / "run")
+    assert list(ahead.stages)[0] == "calibrate" and list(ahead.stages)[-1] == "report" and all(ahead.stages.values())
+    assert {name: (size.num_experts, size.top_k) for name, size in ahead.sizes.items()} == {
+        "topk-2": (10, 2), "reap-50": (5, 3), "random-50": (5, 3), "ean-80-topk-2": (8, 2),
+    }  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
