@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt
 
 
 class Routing(BaseModel):
@@ -28,8 +28,8 @@ class Routing(BaseModel):
     renormalised: bool | None = None
     scale: float | None = None
     bias: str = "none"
-    n_group: int = 1
-    topk_group: int = 1
+    n_group: StrictInt = 1
+    topk_group: StrictInt = 1
     group_score: Literal["top2", "max"] = "top2"
 
     def describe(self) -> str:
@@ -69,7 +69,7 @@ class ModelFacts(BaseModel):
     model_type: str
     fingerprint: str
     layers: tuple[str, ...]
-    num_experts: int
-    top_k: int
-    top_k_fixed: bool = False
+    num_experts: StrictInt
+    top_k: StrictInt
+    top_k_fixed: StrictBool = False
     routing: Routing

@@ -6,6 +6,7 @@ The only place that knows them. Each config class names a thing once (the canoni
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +141,12 @@ def groups_of(config: Any) -> tuple[int, int]:
     """(n_group, topk_group) of a group-limited router; (1, 1) where any experts may be combined."""
     field = find_field(config, N_GROUP)
     _, text = text_config_of(config)
-    # DeepSeek-V2 keeps the numbers in its config also where its routing does not use them.
-    if field is None or field.value == 1 or getattr(text, "topk_method", None) == "greedy":
+    # A config.json may hold keys that its class does not know, such as those of the code it was forked from; DeepSeek-V2
+    # keeps the numbers also where its routing does not use them.
+    known = {entry.name for entry in dataclasses.fields(text)}
+    if field is None or known.isdisjoint(field.aliases) or field.value == 1:
+        return 1, 1
+    if getattr(text, "topk_method", None) == "greedy":
         return 1, 1
     return field.value, int(getattr(text, "topk_group", None) or field.value)
 

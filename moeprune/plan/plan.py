@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from moeprune.errors import PlanError
 from moeprune.facts import ModelFacts
@@ -24,7 +24,7 @@ class LayerPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layer: str
-    keep: tuple[int, ...] = Field(min_length=1)
+    keep: tuple[StrictInt, ...] = Field(min_length=1)
 
 
 class Plan(BaseModel):
@@ -47,8 +47,8 @@ class Plan(BaseModel):
 
     format: Literal[1] = 1
     model: ModelFacts
-    num_experts: int
-    top_k: int
+    num_experts: StrictInt
+    top_k: StrictInt
     layers: tuple[LayerPlan, ...]
     n_group: Literal[1] | None = None
     mtp: Literal["prune", "drop"] = "prune"
@@ -81,9 +81,11 @@ class Plan(BaseModel):
         """
         if facts is not None:
             self._check_model(facts)
-        n_group = self.model.routing.n_group
+        n_group, topk_group = self.model.routing.n_group, self.model.routing.topk_group
         if not 1 <= n_group <= self.model.num_experts or self.model.num_experts % n_group:
             raise PlanError(f"the plan's model cannot have {self.model.num_experts} experts in {n_group} equal groups.")
+        if not 1 <= topk_group <= n_group:
+            raise PlanError(f"the plan's model cannot use {topk_group} of {n_group} expert groups.")
         if not self.layers or len(self.keep) != len(self.layers):
             raise PlanError("the plan must list every layer with experts once, and at least one.")
         if [layer.layer for layer in self.layers] != list(self.model.layers):
@@ -102,12 +104,17 @@ class Plan(BaseModel):
                 f"({facts.fingerprint[:12]}): other weights or another config. Calibrate and plan for this model."
             )
         for what, planned, found in (
-            ("expert layers", _short(self.model.layers), _short(facts.layers)),
+            ("model type", self.model.model_type, facts.model_type),
+            ("expert layers", self.model.layers, facts.layers),
             ("experts a layer", self.model.num_experts, facts.num_experts),
             ("active experts", self.model.top_k, facts.top_k),
+            ("a fixed top-k:", self.model.top_k_fixed, facts.top_k_fixed),
             ("expert groups", self.model.routing.n_group, facts.routing.n_group),
+            ("usable expert groups", self.model.routing.topk_group, facts.routing.topk_group),
+            ("a group score", self.model.routing.group_score, facts.routing.group_score),
         ):
             if planned != found:
+                planned, found = (_short(value) if isinstance(value, tuple) else value for value in (planned, found))
                 raise PlanError(f"the plan was made for a model with {what} {planned}, {facts.name} has {found}.")
 
     def _check_layer(self, layer: LayerPlan) -> None:

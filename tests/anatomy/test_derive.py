@@ -14,6 +14,7 @@ from moeprune.anatomy.derive import derive_anatomy
 from moeprune.anatomy.names import ConfigField, find_field, groups_of
 from moeprune.anatomy.pruned_config import prune_config, prune_config_json
 from moeprune.anatomy.skeleton import load_config, model_class
+from moeprune.anatomy.tiny import tiny_config
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.facts import Routing
 from tests.models import COMMON, FAMILIES, build, save
@@ -146,6 +147,15 @@ def test_greedy_deepseek_v2_is_not_limited_to_groups():
     config.topk_method, config.n_group, config.topk_group = "greedy", 3, 2
     assert groups_of(config) == (1, 1)
     assert derive_anatomy(config).routing.n_group == 1
+
+
+def test_groups_that_the_class_does_not_know_are_no_groups():
+    """transformers keeps unknown keys of config.json; a Qwen3-MoE does not route in groups because of one."""
+    config = FAMILIES["qwen3_moe"]()
+    config.n_group, config.topk_group = 5, 2
+    assert derive_anatomy(config).routing.n_group == 1
+    grouped = derive_anatomy(tiny_config(transformers.BailingHybridConfig)).routing
+    assert (grouped.n_group, grouped.topk_group) == (3, 2), "declared as n_group, read as num_expert_group"
 
 
 def test_deriving_leaves_the_config_as_it_was():

@@ -95,8 +95,14 @@ def edited(tmp_path, change) -> str:
         ),
         (
             lambda v: v["layers"][0].update(keep=[0, 1, 2, "x"]),
-            "layers.0.keep.3: Input should be a valid integer, unable to parse string as an integer.",
+            "layers.0.keep.3: Input should be a valid integer.",
         ),
+        (lambda v: v["layers"][0].update(keep=[0, True, 3, 9]), "layers.0.keep.1: Input should be a valid integer."),
+        (lambda v: v["layers"][0].update(keep=[0, 2.0, 3, 9]), "layers.0.keep.1: Input should be a valid integer."),
+        (lambda v: v.update(top_k=True), "top_k: Input should be a valid integer."),
+        (lambda v: v.update(num_experts="4"), "num_experts: Input should be a valid integer."),
+        (lambda v: v["model"]["routing"].update(topk_group=0), "the plan's model cannot use 0 of 1 expert groups."),
+        (lambda v: v["model"]["routing"].update(topk_group=2), "the plan's model cannot use 2 of 1 expert groups."),
     ],
 )
 def test_a_plan_edited_into_something_else(tmp_path, change, message):
@@ -150,6 +156,18 @@ def test_groups_that_keep_different_numbers():
     plan(keep | {"model.layers.2": (2, 3, 6, 7, 10, 11)}, model=model, num_experts=6).check()
 
 
+@pytest.mark.parametrize(
+    ("edited", "what"), [({"topk_group": 3}, "usable expert groups 3"), ({"group_score": "max"}, "a group score max")]
+)
+def test_a_plan_whose_groups_were_edited_to_pass(edited, what):
+    """More usable groups than there are would let a top-k through that the model cannot route to."""
+    model = facts(num_experts=12, top_k=3, n_group=3, topk_group=1)
+    keep = dict.fromkeys(KEEP, (0, 1, 4, 5, 8, 9))
+    routing = model.routing.model_copy(update=edited)
+    tampered = plan(keep, model=model.model_copy(update={"routing": routing}), num_experts=6)
+    assert refused(tampered, model).startswith(f"the plan was made for a model with {what}, tiny has ")
+
+
 def test_layers_that_are_not_those_of_the_model():
     expected = "the model has experts in [model.layers.1, model.layers.2] (2)."
     first, second = KEEP.items()
@@ -178,6 +196,8 @@ def test_a_plan_for_another_model():
         (facts(num_experts=12), "experts a layer 10, tiny has 12."),
         (facts(top_k=2), "active experts 3, tiny has 2."),
         (facts(n_group=2), "expert groups 1, tiny has 2."),
+        (facts().model_copy(update={"model_type": "olmoe"}), "model type qwen3_moe, tiny has olmoe."),
+        (facts().model_copy(update={"top_k_fixed": True}), "a fixed top-k: False, tiny has True."),
         (
             facts(num_layers=3),
             "expert layers [model.layers.1, model.layers.2] (2), tiny has "
