@@ -205,12 +205,6 @@ def format_of(method: str) -> StoredFormat | None:
     return next((stored for stored in FORMATS.values() if method in stored.methods), None)
 
 
-def companion_base(key: str, *, stored: StoredFormat) -> str | None:
-    """The weight that ``key`` stands for or accompanies; see :meth:`StoredFormat.companion`."""
-    companion = stored.companion(key)
-    return None if companion is None else companion.base
-
-
 def format_rows() -> list[dict[str, str]]:
     """The table of stored formats: what ``moeprune ls formats`` and docs/formats.md show."""
     return [

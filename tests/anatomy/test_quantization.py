@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeprune.anatomy.companions import ExpertPart, check_companions, expert_dim
-from moeprune.anatomy.formats import FORMATS, Companion, companion_base, format_of, format_rows
+from moeprune.anatomy.formats import FORMATS, Companion, format_of, format_rows
 from moeprune.anatomy.quantization import quantisation_of, refuse_merge
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from tests.formats import SCHEMES
@@ -21,7 +21,8 @@ def test_every_tensor_that_a_quantiser_stores_leads_back_to_its_weight(scheme):
     stored = quantisation_of({"quantization_config": SCHEMES[scheme].config([])}).stored
     for part in SCHEMES[scheme].encode(torch.randn(16, 32)):
         if part != "weight":
-            assert companion_base(f"{UP}.{part}", stored=stored) == f"{UP}.weight", part
+            companion = stored.companion(f"{UP}.{part}")
+            assert companion is not None and companion.base == f"{UP}.weight", part
 
 
 @pytest.mark.parametrize(
