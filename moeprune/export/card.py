@@ -102,7 +102,7 @@ def write_card(path: Path, *, plan: Plan, sizes: PrunedSizes, source_card: CardD
         method=_method(plan),
         warnings="## Warnings\n\n" + "\n".join(f"- {w}" for w in plan.warnings) + "\n\n" if plan.warnings else "",
     )  # fmt: skip
-    data = _front_matter(source_card, base_model=model.name if on_hub else None)
+    data = _front_matter(source_card, base_model=model.name if on_hub else source_card.get("base_model"))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
 
 

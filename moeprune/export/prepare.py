@@ -20,7 +20,7 @@ from moeprune.export.quantization_config import remapped_configs
 from moeprune.export.routers import router_dims
 from moeprune.export.slices import plan_outputs
 from moeprune.export.summary import ExportSummary, pruned_before, summarise
-from moeprune.export.target import bytes_to_store, check_space, check_target, partial_of
+from moeprune.export.target import bytes_to_store, check_other_files, check_space, check_target, partial_of
 from moeprune.plan.plan import Plan
 
 
@@ -131,7 +131,7 @@ def prepare(
     Raises:
         PlanError: If the plan does not fit the model.
         CheckpointError: If the source is incomplete or damaged, or a router holds NaN, or there is no such model.
-        ExportError: If ``out`` exists, or a disk is too small.
+        ExportError: If ``out`` exists or cannot be made, a disk is too small, or a file of the source may not be read.
     """
     located = locate(model)
     source = replace(open_source(located.folder), name=str(model))
@@ -146,6 +146,7 @@ def prepare(
     written = (tensor for shard in shards for tensor in shard.tensors)
     configs = remapped_configs(pruned_config(source, plan), source=source, plan=plan, outputs=written)
     check_target(out, source=checkpoint.path, force=force)
+    check_other_files(checkpoint.path)
     key = job_of(checkpoint, plan=plan, shards=shards, commit=located.commit, link=link)
     earlier = read_finished(partial_of(out), job=key, shards=shards)
     discarded = 0 if earlier is not None else _bytes_of_shards(partial_of(out))

@@ -81,6 +81,17 @@ def other_files(folder: Path) -> Iterator[Path]:
             yield relative
 
 
+def check_other_files(source: Path) -> None:
+    """Refuse a source of which :func:`copy_other_files` could not copy all.
+
+    Raises:
+        ExportError: If one of :func:`other_files` may not be read.
+    """
+    for relative in other_files(source):
+        if not os.access(source / relative, os.R_OK):
+            raise ExportError(f"{source / relative}: may not be read. Change its permissions, or take it away.")
+
+
 def copy_other_files(source: Path, target: Path) -> None:
     """Copy :func:`other_files` of one folder to another, as files even where the source has links."""
     for relative in other_files(source):

@@ -96,6 +96,8 @@ def verify_checkpoint(
 
 
 def _recorded_plan(folder: Path) -> Plan:
+    if not folder.is_dir():
+        raise VerifyError(f"{folder}: no such folder. Give a checkpoint that `moeprune export` wrote.")
     file = folder / MANIFEST
     if not file.is_file():
         raise VerifyError(f"{folder}: no {MANIFEST}. Give the plan with --plan.")

@@ -147,6 +147,13 @@ def test_the_card_has_front_matter_that_the_hub_reads(tmp_path):
     assert str(tmp_path) not in card.content, "paths of the machine that exported are nobody's business"
 
 
+def test_the_base_of_a_local_fine_tune_stays_the_base(tmp_path):
+    source = save("mixtral", tmp_path / "source")
+    (source / "README.md").write_text("---\nbase_model: org/base\n---\n")
+    export(source, tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "org/base"
+
+
 def test_a_source_without_a_card(tmp_path):
     source = save("mixtral", tmp_path / "source")
     export(source, tmp_path / "out")

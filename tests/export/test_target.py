@@ -126,6 +126,20 @@ def test_a_target_in_a_folder_that_may_not_be_written_to(tmp_path, source, plan,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_tokenizer_that_may_not_be_read_is_refused_before_the_weights_are_copied(
+    tmp_path, source, plan, monkeypatch, dry_run
+):
+    copy, access = shutil.copytree(source, tmp_path / "source"), os.access
+    tokenizer = copy / "tokenizer.json"
+    tokenizer.write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tokenizer and access(path, mode))
+    assert refusal(copy, plan, tmp_path / "out", dry_run=dry_run) == (
+        f"{tokenizer}: may not be read. Change its permissions, or take it away."
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
 @pytest.mark.parametrize("out", [".", "..", "", "../cwd"])
 def test_the_current_folder_is_not_replaced(tmp_path, source, plan, monkeypatch, out):
     (tmp_path / "cwd").mkdir()

@@ -365,6 +365,15 @@ def test_a_folder_that_moeprune_did_not_write(tmp_path):
     assert str(error.value) == f"{tmp_path}: no moeprune.json. Give the plan with --plan."
 
 
+@pytest.mark.parametrize("kind", ["nothing", "file"])
+def test_a_folder_that_is_not_there(tmp_path, kind):
+    if kind == "file":
+        (tmp_path / "out").write_text("{}")
+    with pytest.raises(VerifyError) as error:
+        verify_checkpoint(tmp_path / "out", quiet=True)
+    assert str(error.value) == (f"{tmp_path / 'out'}: no such folder. Give a checkpoint that `moeprune export` wrote.")
+
+
 def test_a_plan_can_be_given_where_the_manifest_is_gone(tmp_path):
     _, out, plan = exported(tmp_path)
     (out / "moeprune.json").unlink()
