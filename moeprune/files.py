@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeprune.errors import ExportError
+
 MAX_JSON_BYTES = 100_000_000  # the index of a model with a million tensors; what is larger is something else
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -32,6 +34,28 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other exports from writing to an existing folder or file; the system ends this when the process ends.
+
+    Raises:
+        ExportError: If another process writes there.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExportError(f"{path}: another export writes there. Wait for it, or choose another --out.") from error
+        except (ImportError, OSError):  # a system or a file system without locks
+            pass
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_text(path: Path, text: str) -> None:

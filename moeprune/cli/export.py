@@ -59,10 +59,15 @@ def export(
 
     Example: `moeprune export demo --plan plan.json --out demo-48x6`
     """
-    if model.endswith(".gguf"):
-        from moeprune.cli.gguf import export_file
+    from moeprune.gguf.file import is_gguf
 
-        export_file(model, plan=plan, out=out, dry_run=dry_run, force=force, quiet=quiet, as_json=as_json)
+    if is_gguf(model):
+        from moeprune.cli.gguf import export_file, refuse_options
+
+        refuse_options(
+            {"--max-shard-size": max_shard_size, "--jobs": jobs, "--link": link, "--no-keep-source": not keep_source}
+        )
+        export_file(model, plan=plan, out=out, mtp=mtp, dry_run=dry_run, force=force, quiet=quiet, as_json=as_json)
         return
     from moeprune.checkpoint.folder import read_config
     from moeprune.cli.advice import advice
@@ -102,6 +107,8 @@ def _lines(summary: ExportSummary, *, dry_run: bool) -> list[str]:
             lines.append(f"  download   {size(summary.to_download)}")
     if summary.finished:
         lines.append(f"  finished   {len(summary.finished)} of {len(files)} file(s), by an earlier attempt")
+    if summary.not_read:
+        lines.append(f"  left out   {', '.join(summary.not_read)}: the index of the source does not name them")
     if summary.discarded:
         lines.append(
             f"  discarded  {size(summary.discarded)} of an earlier attempt with another plan, source or options"

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
 
-from moeprune.cli.options import print_json
+from moeprune.cli.options import Mtp, print_json
 
 
-def export_file(model: str, *, plan: Path, out: Path, dry_run: bool, force: bool, quiet: bool, as_json: bool) -> None:
+def refuse_options(given: Mapping[str, object]) -> None:
+    """Refuse options of `export` that mean nothing for a GGUF file.
+
+    Args:
+        given: Value by name; false ones were not given.
+
+    Raises:
+        ExportError: If one was given.
+    """
+    from moeprune.errors import ExportError
+
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise ExportError(f"{', '.join(names)}: not for a GGUF file, which becomes one file in one pass. Leave it out.")
+
+
+def export_file(
+    model: str, *, plan: Path, out: Path, mtp: Mtp | None, dry_run: bool, force: bool, quiet: bool, as_json: bool
+) -> None:
     """Prune a GGUF file and print what was done."""
     from moeprune.format import count, size
     from moeprune.gguf.export import export_gguf
     from moeprune.plan.plan import Plan
 
-    summary = export_gguf(model, plan=Plan.load(plan), out=out, dry_run=dry_run, force=force, quiet=quiet)
+    made = Plan.load(plan)
+    made = made.model_copy(update={"mtp": mtp}) if mtp else made
+    summary = export_gguf(model, plan=made, out=out, dry_run=dry_run, force=force, quiet=quiet)
     if as_json:
         print_json(summary.to_json())
     elif not quiet:

@@ -18,7 +18,9 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
 
     Example: `moeprune inspect demo`
     """
-    if model.endswith(".gguf"):
+    from moeprune.gguf.file import is_gguf
+
+    if is_gguf(model):
         from moeprune.gguf.inspect import describe_gguf, inspect_gguf
 
         facts = inspect_gguf(model)

@@ -27,10 +27,11 @@ def verify(
 
     Example: `moeprune verify demo-48x6 --against demo --plan plan.json`
     """
+    from moeprune.gguf.file import is_gguf
     from moeprune.plan.plan import Plan
 
     loaded = Plan.load(plan) if plan else None
-    if folder.suffix == ".gguf":
+    if is_gguf(folder):
         from moeprune.gguf.verify import verify_gguf
 
         checks = verify_gguf(folder, against=against, plan=loaded, quiet=quiet)

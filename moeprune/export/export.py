@@ -15,13 +15,13 @@ from moeprune.checkpoint.hub import quiet_downloads
 from moeprune.errors import ExportError, MoePruneError
 from moeprune.export.card import read_card, write_card
 from moeprune.export.fetch import DOWNLOADS, HubSources
-from moeprune.export.journal import JOURNAL, Journal, clear, locked
+from moeprune.export.journal import JOURNAL, Journal, clear
 from moeprune.export.layout import parse_size
 from moeprune.export.prepare import Job, prepare
 from moeprune.export.shards import default_jobs, write_index, write_shards
 from moeprune.export.summary import ExportSummary, manifest
 from moeprune.export.target import MANIFEST, copy_other_files, other_files, put_in_place
-from moeprune.files import read_json, write_json
+from moeprune.files import locked, read_json, write_json
 from moeprune.interrupts import Interrupted, interruptible
 from moeprune.plan.plan import Plan
 

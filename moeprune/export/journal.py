@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moeprune import __version__
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.errors import ExportError
 from moeprune.export.copying import HASH
 from moeprune.export.layout import Shard
 from moeprune.files import read_json, sha256_json, write_json
@@ -110,27 +107,3 @@ def clear(folder: Path, *, keep: Iterable[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other exports from writing into an existing folder; the system ends this when the process ends.
-
-    Raises:
-        ExportError: If another process writes there.
-    """
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ExportError(
-                f"{folder}: another export writes there. Wait for it, or choose another --out."
-            ) from error
-        except (ImportError, OSError):  # a system or a file system without locks
-            pass
-        yield
-    finally:
-        os.close(fd)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moeprune.errors import ExportError
-from moeprune.files import replacing
+from moeprune.files import locked
 from moeprune.format import size
 from moeprune.gguf.file import SUFFIX, GgufFile, is_gguf, open_gguf
 from moeprune.gguf.match import match_plan
@@ -71,7 +73,8 @@ def export_gguf(
     Args:
         path: The source; of a split model, any part. The result is one file.
         plan: A plan for the Hugging Face model that the source was converted from.
-        out: The file to make, written under a temporary name and renamed when complete.
+        out: The file to make, written as ``OUT.partial`` and renamed when complete. What a killed export left under
+            that name is overwritten.
         force: Replace ``out`` if it exists.
         dry_run: Check everything and write nothing.
         quiet: No progress bar.
@@ -80,7 +83,7 @@ def export_gguf(
         CheckpointError: If the source is incomplete or damaged.
         UnsupportedModelError: If it has no experts, or stores them in a way that is not understood.
         PlanError: If the plan does not fit it.
-        ExportError: If ``out`` exists or is not a ``.gguf`` name, or the disk is too small.
+        ExportError: If ``out`` exists, is not a ``.gguf`` name or cannot be written, or the disk is too small.
     """
     plan.check()
     file = open_gguf(path)
@@ -92,7 +95,8 @@ def export_gguf(
     if dry_run:
         return summary
     with (
-        replacing(out) as temporary,
+        _explained(out),
+        _partial(out) as temporary,
         tqdm(total=summary.sizes.bytes_after, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
     ):
         write_gguf(
@@ -100,6 +104,34 @@ def export_gguf(
             tensors=outputs, progress=bar.update,
         )  # fmt: skip
     return summary
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """A file beside ``out`` that gets its name when the block ends well, and is deleted when it does not."""
+    partial = partial_of(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    with locked(partial):
+        try:
+            yield partial
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Tell what the system refuses (permission, space, names) as what it is to the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{error.filename or out}: {error.strerror or error}.") from error
+
+
+def partial_of(out: Path) -> Path:
+    """What the file is called while it is made."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def _check_target(out: Path, source: GgufFile, *, force: bool) -> None:
@@ -118,6 +150,8 @@ def _check_target(out: Path, source: GgufFile, *, force: bool) -> None:
 def _check_space(out: Path, needed: int) -> None:
     existing = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(existing).free
+    if partial_of(out).is_file():
+        free += partial_of(out).stat().st_blocks * 512  # will be overwritten
     if free < needed:
         raise ExportError(f"{out}: needs {size(needed)}, only {size(free)} are free on that disk.")
 

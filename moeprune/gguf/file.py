@@ -83,7 +83,10 @@ def open_gguf(path: str | Path) -> GgufFile:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Give a {SUFFIX} file; of a split model, its first part.")
+        raise CheckpointError(
+            f"{path}: no such file. Give a {SUFFIX} file; of a split model, its first part. One of the Hub must be "
+            "downloaded first (hf download)."
+        )
     header = read_header(path)
     if _split_count(path, header) > 1:
         files = _parts(path, header)

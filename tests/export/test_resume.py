@@ -15,8 +15,9 @@ import xxhash
 
 from moeprune.errors import ExportError
 from moeprune.export.export import export_checkpoint
-from moeprune.export.journal import JOURNAL, locked
+from moeprune.export.journal import JOURNAL
 from moeprune.export.verify import verify_checkpoint
+from moeprune.files import locked
 from moeprune.interrupts import Interrupted
 from moeprune.plan.plan import Plan
 from tests.models import save

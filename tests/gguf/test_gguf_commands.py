@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from moeprune.cli import app
-from moeprune.errors import PlanError
+from moeprune.errors import ExportError, PlanError
 from tests.gguf.files import FAMILIES, plan_for, write_model
 
 FAMILY = FAMILIES["glm4moe with multi-token prediction"]
@@ -63,3 +63,21 @@ def test_a_plan_of_another_model_is_refused(folder: Path) -> None:
 def test_inspect(folder: Path) -> None:
     assert "12 a block, top-3" in run("inspect model.gguf").stdout
     assert json.loads(run("inspect model.gguf --json").stdout)["num_experts"] == 12
+
+
+@pytest.mark.parametrize("option", ["--link", "--jobs 2", "--max-shard-size 5GB", "--no-keep-source"])
+def test_options_that_mean_nothing_for_a_gguf_file_are_refused(folder: Path, option: str) -> None:
+    with pytest.raises(ExportError, match=f"^{option.split()[0]}: not for a GGUF file"):
+        run(f"export model.gguf --plan plan.json --out small.gguf {option}")
+
+
+def test_dropping_multi_token_prediction_is_refused_and_not_ignored(folder: Path) -> None:
+    with pytest.raises(PlanError, match="blocks are not taken out of a GGUF file"):
+        run("export model.gguf --plan plan.json --out small.gguf --mtp drop")
+
+
+def test_the_suffix_may_be_written_in_capitals(folder: Path) -> None:
+    (folder / "model.gguf").rename(folder / "MODEL.GGUF")
+    assert run("export MODEL.GGUF --plan plan.json --out SMALL.GGUF --quiet").exit_code == 0
+    assert run("verify SMALL.GGUF --against MODEL.GGUF --quiet").exit_code == 0
+    assert "GGUF" in run("inspect SMALL.GGUF").stdout

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 
 from moeprune import __version__
 from moeprune.errors import ExportError
+from moeprune.files import locked
 from moeprune.gguf.export import export_gguf
 from moeprune.gguf.file import open_gguf
 from moeprune.gguf.write import BUFFER_BYTES
@@ -245,6 +246,33 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ExportError, match="only 1000 B are free"):
         export_gguf(source, plan=plan_for(QWEN), out=tmp_path / "out.gguf", quiet=True)
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_a_killed_export_left_is_overwritten_and_not_asked_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_model(tmp_path / "source.gguf", QWEN)
+    left = tmp_path / "out.gguf.partial"
+    left.write_bytes(bytes(1 << 23))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    export_gguf(source, plan=plan_for(QWEN), out=tmp_path / "out.gguf", quiet=True)
+    assert (tmp_path / "out.gguf").stat().st_size < 1 << 23
+    assert not left.exists()
+
+
+def test_two_exports_do_not_write_the_same_file(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source.gguf", QWEN)
+    other = tmp_path / "out.gguf.partial"
+    other.write_bytes(b"half")
+    with locked(other), pytest.raises(ExportError, match="another export writes there"):
+        export_gguf(source, plan=plan_for(QWEN), out=tmp_path / "out.gguf", quiet=True)
+    assert other.read_bytes() == b"half"
+
+
+def test_a_target_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source.gguf", QWEN)
+    with pytest.raises(ExportError, match=r"source\.gguf: (Not a directory|File exists)\.$"):
+        export_gguf(source, plan=plan_for(QWEN), out=source / "out.gguf", quiet=True)
 
 
 def test_experts_larger_than_the_buffer_are_whole(tmp_path: Path) -> None:
