@@ -75,7 +75,7 @@ def mix_path(spec: DataSpec) -> Path | None:
         if not path.is_file():
             raise DataError(f"{spec.source}: no such file. `moeprune ls data` lists the mixes that ship with moeprune.")
         return path
-    return None if path.exists() else mixes().get(spec.source)
+    return None if path.is_file() else mixes().get(spec.source)
 
 
 def expand_data(specs: Sequence[DataSpec], *, tokens: int) -> tuple[DataSpec, ...]:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moeprune.errors import DataError, did_you_mean
 from moeprune.resources import DEMO, DEMO_DIR
 
-LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+LOCAL_FORMATS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
+    ".md": "text",
+}  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".xz")
+WILD = re.compile(r"[*?\[\]]+")
+
+
+def ending(path: str | Path) -> str:
+    """The ending that says how a file is read, in lower case and without that of its compression."""
+    name = Path(path).name.lower()
+    return Path(name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))).suffix
 
 
 def _as_tuple(value: Any) -> Any:
@@ -25,6 +38,11 @@ def _each_as_list(value: Any) -> Any:
     return {key: item if isinstance(item, list | tuple) else [item] for key, item in value.items()}
 
 
+def _at_home(source: str) -> str:
+    """No shell expands ~ behind ``NAME=`` or in a recipe."""
+    return str(Path(source).expanduser()) if source.startswith("~/") else source
+
+
 class DataSpec(BaseModel):
     """One named domain of calibration text.
 
@@ -33,8 +51,9 @@ class DataSpec(BaseModel):
 
     Attributes:
         domain: Its name in the statistics; by default the file's stem or the data set's name.
-        source: A local .jsonl, .json, .parquet or .txt file, a data set id on the Hub, ``demo`` or the name or file of
-            a mix (see :func:`moeprune.data_mix.expand_data`).
+        source: A local file with an ending of :data:`LOCAL_FORMATS` (and one of :data:`COMPRESSED`), a pattern of such
+            files, a folder laid out like a data set of the Hub, the id of one, ``demo`` or the name or file of a mix
+            (see :func:`moeprune.data_mix.expand_data`).
         subset: The Hub data set's configuration.
         split: The split to read.
         files: Files of the Hub repository to read instead of what its configuration names.
@@ -55,7 +74,7 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field(min_length=1)
+    source: Annotated[str, AfterValidator(_at_home)] = Field(min_length=1)
     domain: str = ""
     subset: str | None = None
     split: str = "train"
@@ -88,12 +107,34 @@ class DataSpec(BaseModel):
     @property
     def name(self) -> str:
         """The domain's name."""
-        return self.domain or Path(self.source).stem
+        if self.domain:
+            return self.domain
+        name = WILD.sub("", Path(self.source).name)
+        for end in (*COMPRESSED, *LOCAL_FORMATS):
+            name = name[: -len(end)] if name.lower().endswith(end) else name
+        return name.strip("-_. ") or Path(self.source).parent.name
+
+    @property
+    def local_files(self) -> tuple[Path, ...]:
+        """The local files that are read, sorted; none for a data set of the Hub."""
+        path = Path(self.source)
+        if path.is_dir():
+            found = (file for file in path.rglob("*") if file.is_file())
+            return tuple(sorted(file for file in found if f"/{file.relative_to(path)}".count("/.") == 0))
+        if path.is_file():
+            return (path,)
+        if not WILD.search(self.source):
+            return ()
+        found = glob.glob(self.source, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        return tuple(sorted(Path(name) for name in found if Path(name).is_file()))
 
     @property
     def local_format(self) -> str | None:
-        """The format of the local file, or None for a data set of the Hub."""
-        return LOCAL_FORMATS.get(Path(self.source).suffix.lower()) if Path(self.source).is_file() else None
+        """The one format of local files; None for a folder, a data set of the Hub and files of another kind."""
+        if Path(self.source).is_dir():
+            return None
+        kinds = {ending(path) for path in self.local_files}
+        return LOCAL_FORMATS.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 # `where` has no spelling on the command line; the other two stand before the question mark.
@@ -112,7 +153,7 @@ def parse_data_spec(text: str, *, column: str | None = None) -> DataSpec:
     """
     source, _, query = text.partition("?")
     domain, separator, rest = source.partition("=")
-    if separator:
+    if separator and "/" not in domain and not Path(source).exists():  # a folder may be named date=2026-01-01
         source = rest
     else:
         domain = ""

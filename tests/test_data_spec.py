@@ -103,3 +103,13 @@ def test_files_in_a_folder_called_demo_stay_what_they_are(tmp_path, monkeypatch)
     (tmp_path / "demo" / "own.jsonl").touch()
     specs = [DataSpec(source=source) for source in ("demo/own.jsonl", "org/demo")]
     assert expand_demo(specs) == tuple(specs)
+
+
+def test_paths_with_an_equals_sign_and_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "day=1").mkdir()
+    (tmp_path / "day=1" / "a.jsonl").touch()
+    assert parse_data_spec("day=1/a.jsonl").source == "day=1/a.jsonl"
+    assert parse_data_spec(f"{tmp_path}/day=2/a.jsonl").domain == ""
+    assert parse_data_spec("code=~/a.jsonl").source == str(tmp_path / "a.jsonl")

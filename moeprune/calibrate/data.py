@@ -13,7 +13,7 @@ from moeprune.calibrate.text.documents import Document, read_documents
 from moeprune.calibrate.text.packing import Packing, pack
 from moeprune.checkpoint.load import long_texts
 from moeprune.data_mix import mixes
-from moeprune.data_spec import LOCAL_FORMATS, DataSpec
+from moeprune.data_spec import COMPRESSED, LOCAL_FORMATS, WILD, DataSpec, ending
 from moeprune.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _read(
         for document in read_documents(spec, tokenizer=tokenizer, seed=seed):
             padding.count(document)
             # A chat ends as its template ends it; where the next document follows unseparated, it ends twice.
-            ids = document if document.whole and packing != "concat" else document + end
+            ids = document if (document.whole and packing != "concat") or document[-1:] == end else document + end
             ids = ids[:length] if packing == "pad" else ids
             documents.append(ids if left is None else ids[:left])
             if left is not None:
@@ -89,8 +89,9 @@ def _read(
                 if left <= 0:
                     break
     if not documents:
-        said = spec.ids or spec.text or spec.prompt or spec.column or "(default)"
-        raise DataError(f"{spec.source}: no text in column {said!r}, split {spec.split!r}{_passed_over(spec)}.")
+        column = spec.ids or spec.text or spec.prompt or spec.column
+        where = f" in {column!r}" if column else ""
+        raise DataError(f"{spec.source}: there are no rows, or no text{where} in any of them{_passed_over(spec)}.")
     padding.check(spec)
     largest = max(max(ids) for ids in documents)
     if largest >= vocab_size:
@@ -106,7 +107,7 @@ class _Unknown:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         ids = (tokenizer.unk_token_id, tokenizer.pad_token_id)
-        self._ids = {int(str(token)) for token in ids if token is not None and token != tokenizer.eos_token_id}
+        self._ids = {int(str(token)) for token in ids if token is not None}
         self._seen = self._total = 0
 
     def count(self, document: Document) -> None:
@@ -142,10 +143,29 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
         if names.count(name) > 1:
             raise DataError(f"two data sets are named {name!r}. Give them names: --data NAME=SOURCE.")
     for spec in specs:
-        path = Path(spec.source)
-        if path.is_dir() or (path.is_file() and spec.local_format is None):
-            raise DataError(f"{spec.source}: expected a file ending in {', '.join(LOCAL_FORMATS)}.")
-        if not path.exists() and "/" not in spec.source and get_close_matches(spec.source, mixes(), n=1, cutoff=0.7):
+        _check_source(spec)
+
+
+def _check_source(spec: DataSpec) -> None:
+    path = Path(spec.source)
+    wild = not path.exists() and WILD.search(spec.source)
+    if path.is_dir() or (spec.local_format is None and not path.exists() and not wild):
+        if path.exists():
+            return
+        if "/" not in spec.source and get_close_matches(spec.source, mixes(), n=1, cutoff=0.7):
             raise DataError(f"{spec.source}: no such mix. {did_you_mean(spec.source, mixes())}")
-        if not path.exists() and (path.suffix.lower() in LOCAL_FORMATS or spec.source.startswith((".", "/", "~"))):
+        if ending(path) in LOCAL_FORMATS or spec.source.startswith((".", "/", "~")):
             raise DataError(f"{spec.source}: no such file.")
+        return
+    if not spec.local_files:
+        raise DataError(f"{spec.source}: no file has such a name.")
+    if spec.local_format is None:
+        more = "; a pattern must name files of one kind" if wild else ""
+        raise DataError(
+            f"{spec.source}: expected a file ending in {', '.join(LOCAL_FORMATS)}, or in one of these and "
+            f"{', '.join(COMPRESSED)}{more}."
+        )
+    given = [name for name in ("subset", "files") if getattr(spec, name) is not None]
+    given += ["split"] if spec.split != "train" else []
+    if given:
+        raise DataError(f"{spec.source}: {given[0]!r} is for data sets of the Hub and folders; a file has none.")

@@ -24,6 +24,7 @@ from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.until import Until
 from moeprune.checkpoint.classes import transformers_config
 from moeprune.checkpoint.load import load_model, load_tokenizer
+from moeprune.data_mix import expand_data
 from moeprune.data_spec import DataSpec
 from moeprune.errors import DataError, MoePruneError, RoomError
 from moeprune.recipe import Calibration
@@ -105,10 +106,15 @@ class Job:
         tokenizer = load_tokenizer(self.source.path)
         prompts = self._prompts(tokenizer) if settings.self_generate else []
         rows = self._read(settings.data, tokenizer) if settings.data else []
+        for spec, part in zip(expand_data(settings.data, tokens=settings.tokens), rows, strict=True):
+            if spec.tokens is not None and part.num_tokens < spec.tokens and spec.documents is None:
+                self._say(f"{part.domain}: the text ends after {part.num_tokens:,} of {spec.tokens:,} tokens.")
         self.ranks.once(lambda: _check_names(rows, prompts))
         if prompts:
             path = self._answer(prompts, tokenizer)
             rows = rows + self._read(self.ranks.once(lambda: answers_as_data(path)), tokenizer)
+        if sum(map(len, rows)) == 1:
+            self._say("There is one row of text only: no halves of it can be compared to say whether it is enough.")
         if settings.packing == "auto" and rows[0].packing == "pad":
             self._say(f"{self.source.name} does not keep the documents of a row apart: each has a row of its own.")
         return rows

@@ -16,8 +16,9 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         rich_help_panel=TEXT,
-        help="[DOMAIN=]SOURCE[?split=..&subset=..&column=..&tokens=..]; a .jsonl, .json, .parquet or .txt file, a "
-        "Hub data set, a mix (`moeprune ls data`), or `demo`. Repeat it for several domains.",
+        help="[DOMAIN=]SOURCE[?split=..&subset=..&column=..&tokens=..]; a .jsonl, .json, .csv, .parquet "
+        "or .txt file, a pattern or folder of such, a Hub data set, a mix (`moeprune ls data`), or `demo`. Repeat it "
+        "for several domains.",
     ),
 ]
 Column = Annotated[str | None, typer.Option(rich_help_panel=TEXT, help="Column with text or chat messages.")]

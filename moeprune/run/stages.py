@@ -60,7 +60,7 @@ def _calibrate(space: Workspace) -> Stage:
             model=space.source.facts.fingerprint,
             calibrate=space.recipe.calibrate.model_dump(mode="json", exclude={"data", "self_generate"}),
             data=[spec.model_dump(mode="json", exclude={"source"} if spec.local_format else None) for spec in specs],
-            files=[sha256_file(Path(spec.source)) for spec in specs if spec.local_format],
+            files=[sha256_file(path) for spec in specs for path in spec.local_files],
             dtype=space.recipe.dtype,
         )
 

@@ -156,13 +156,13 @@ REFUSED = {
         "--column.",
     ),
     "a number": ('{"text": 3}', {}, f"column 'text' holds int, {TYPES}"),
-    "nothing but null": ('{"text": null}', {}, "no text in column '(default)', split 'train'."),
+    "nothing but null": ('{"text": null}', {}, "there are no rows, or no text in any of them."),
     "other messages": (
-        '{"conversations": [{"from": "user", "value": "hi"}]}', {}, f"column 'conversations' holds list, {TYPES}"
+        '{"conversations": [{"who": "user", "value": "hi"}]}', {}, f"column 'conversations' holds list, {TYPES}"
     ),
-    "only blank text": ('{"text": " "}', {}, "no text in column '(default)', split 'train'."),
+    "only blank text": ('{"text": " "}', {}, "there are no rows, or no text in any of them."),
     "only blank text in a chosen column": (
-        '{"text": "a", "b": ""}', {"column": "b"}, "no text in column 'b', split 'train'.",
+        '{"text": "a", "b": ""}', {"column": "b"}, "there are no rows, or no text in 'b' in any of them.",
     ),
     "empty": ("", {}, "an empty file."),
     "blank": ("\n \n", {}, "an empty file."),
@@ -182,12 +182,11 @@ def test_a_file_without_usable_text(tmp_path, case):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b"plain words", "cannot be read as json: JSON parse error: Invalid value. in row 0"),
+        ("a.json", b"plain words", "cannot be read as JSON: Expecting value: line 1 column 1"),
         ("a.txt", b"caf\xe9", "cannot be read as text: 'utf-8' codec can't decode byte 0xe9 in position 3"),
         (
             "a.parquet", b"plain words",
-            "neither a local file nor a data set that could be opened (subset None, split 'train'): Parquet "
-            "magic bytes",
+            "cannot be read as parquet: Parquet magic bytes",
         ),
     ],
 )  # fmt: skip

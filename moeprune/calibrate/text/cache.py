@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HASHED_WHOLE = 1 << 28
-"""Bytes up to which a local file is known by what is in it; a larger one is by path, size and time."""
+"""Bytes up to which local files are known by what is in them; larger ones are by path, size and time."""
 
 
 def cache_dir() -> Path:
@@ -70,12 +70,14 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _data_hash(spec: DataSpec) -> str | None:
-    if spec.local_format is not None:
-        path = Path(spec.source)
-        stat = path.stat()
-        if stat.st_size <= HASHED_WHOLE:
-            return sha256_file(path)
-        return sha256_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    files = spec.local_files
+    if files:
+        stats = [path.stat() for path in files]
+        if sum(stat.st_size for stat in stats) <= HASHED_WHOLE:
+            return sha256_json([[path.name, sha256_file(path)] for path in files])
+        return sha256_json(
+            [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)]
+        )
     from datasets import load_dataset_builder
 
     with opening(spec):

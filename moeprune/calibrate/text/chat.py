@@ -71,11 +71,15 @@ def _message(message: Message) -> Message:
         message["tool_calls"] = as_calls(calls)
     content = message.get("content", "")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("a message has parts that are not text; choose text without images and the like")
-        content = "\n".join(parts)
+        content = "\n".join(_text_of(part) for part in content)
     return message | {"content": content}
+
+
+def _text_of(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise ValueError("a message has parts that are not text; choose text without images and the like")
+    return text
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

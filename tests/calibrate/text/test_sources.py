@@ -160,3 +160,168 @@ def test_text_of_nothing_but_padding_is_refused(tmp_path):
             DataSpec(source=str(tmp_path / "a.jsonl")), tokenizer=byte_tokenizer(), length=8, tokens=99, seed=0,
             vocab_size=NUM_IDS,
         )  # fmt: skip
+
+
+DOCUMENTS = [{"text": f"document {at}", "number": at} for at in range(30)]
+
+
+def written(folder, name: str, rows=DOCUMENTS):
+    """The rows as a file of the kind that its name says."""
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if ".parquet" in name:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    lines = [json.dumps(row) for row in rows]
+    text = "\n".join(lines)
+    if ".csv" in name or ".tsv" in name:
+        between = "\t" if ".tsv" in name else ","
+        text = "\n".join(between.join(map(str, values)) for values in [rows[0], *(row.values() for row in rows)])
+    elif ".json" in name and ".jsonl" not in name:
+        text = f"[{','.join(lines)}]"
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opened(path, "wb") as file:
+        file.write(text.encode())
+    return path
+
+
+def texts(source, **spec) -> list[str]:
+    return sorted(row["text"] for row in shuffled_rows(DataSpec(source=str(source), **spec), seed=0))
+
+
+EXPECTED = sorted(row["text"] for row in DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.json.bz2", "a.csv.xz", "A.JSONL"]
+)
+def test_a_file_of_any_kind(tmp_path, name):
+    spec = DataSpec(source=str(written(tmp_path, name)))
+    assert texts(spec.source) == EXPECTED
+    assert spec.name.lower() == "a"
+    check_domains([spec])
+
+
+@pytest.mark.parametrize("name", ["{}.jsonl", "{}.jsonl.gz", "{}.parquet"])
+def test_files_that_a_pattern_names(tmp_path, name):
+    for at in range(3):
+        written(tmp_path / "set", name.format(f"part-{at}"), DOCUMENTS[10 * at : 10 * at + 10])
+    assert texts(tmp_path / "set" / name.format("*")) == EXPECTED
+    assert texts(tmp_path / "set" / name.format("part-[01]")) == sorted(row["text"] for row in DOCUMENTS[:20])
+    assert DataSpec(source=str(tmp_path / "set" / name.format("*"))).name == "set"
+    assert DataSpec(source=str(tmp_path / "set" / name.format("part-*"))).name == "part"
+
+
+def test_lines_of_several_files_are_shuffled_together(tmp_path):
+    for at in range(3):
+        written(tmp_path, f"{at}.jsonl", DOCUMENTS[10 * at : 10 * at + 10])
+    numbers = [row["number"] for row in shuffled_rows(DataSpec(source=str(tmp_path / "*.jsonl")), seed=0)]
+    assert len({number // 10 for number in numbers[:6]}) > 1
+
+
+def test_a_folder_is_read_like_a_data_set_of_the_hub(tmp_path):
+    written(tmp_path, "data/train-00000.parquet", DOCUMENTS[:20])
+    written(tmp_path, "data/test-00000.parquet", DOCUMENTS[20:])
+    assert texts(tmp_path) == sorted(row["text"] for row in DOCUMENTS[:20])
+    assert texts(tmp_path, split="test") == sorted(row["text"] for row in DOCUMENTS[20:])
+    with pytest.raises(DataError, match=r"cannot be read as a data set .* Bad split: tset"):
+        texts(tmp_path, split="tset")
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_folder_that_datasets_saved(tmp_path, dictionary):
+    """The demonstrations in EASY-EP's repository are such folders."""
+    from datasets import Dataset, DatasetDict
+
+    whole = Dataset.from_list(DOCUMENTS)
+    (DatasetDict({"train": whole}) if dictionary else whole).save_to_disk(str(tmp_path / "saved"))
+    assert texts(tmp_path / "saved") == EXPECTED
+
+
+def test_a_file_of_text_is_one_document_also_in_a_folder(tmp_path):
+    for at in range(2):
+        (tmp_path / f"{at}.txt").write_text(f"{at}\nsecond line\n\nthird")
+    expected = ["0\nsecond line\n\nthird", "1\nsecond line\n\nthird"]
+    assert texts(tmp_path) == texts(tmp_path / "*.txt") == expected
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}\n{"text": "b"}'.encode("utf-8-sig"))
+    assert texts(tmp_path / "a.jsonl") == ["b", "é"]
+
+
+def test_messages_of_different_fields_in_a_json_list(tmp_path):
+    """`datasets` (5.2) gives their content as JSON text, quoted."""
+    rows = [{"messages": [{"role": "user", "content": at, "more": {"x": at}}]} for at in ("a", "b")]
+    rows.append({"messages": [{"role": "user", "content": [{"type": "text", "text": "c"}], "more": {"x": 1}}]})
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    found = read_documents(DataSpec(source=str(tmp_path / "a.json")), tokenizer=tokenizer, seed=0)
+    assert sorted(bytes(token - 3 for token in document).decode() for document in found) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("a.jsonl", {"split": "test"}, "'split' is for data sets of the Hub and folders; a file has none."),
+        ("a.jsonl", {"subset": "en"}, "'subset' is for data sets of the Hub and folders; a file has none."),
+        ("*.parquet", {}, "no file has such a name."),
+        ("*", {}, "expected a file ending in .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, or in one of these and "
+         ".gz, .bz2, .xz; a pattern must name files of one kind."),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_meant(tmp_path, name, spec, message):
+    written(tmp_path, "a.jsonl")
+    written(tmp_path, "a.csv")
+    with pytest.raises(DataError) as error:
+        check_domains([DataSpec(source=str(tmp_path / name), **spec)])
+    assert str(error.value) == f"{tmp_path / name}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"text": "one"}', ["one"]), ('{\n "text":\n "one"\n}', ["one"]), ('["one", "two"]', ["one", "two"]),
+        ('{"text": "one"}\n{"text": "two"}\n', ["one", "two"]), ('\ufeff[{"text": "one"}]', ["one"]),
+    ],
+)  # fmt: skip
+def test_what_a_json_file_may_hold(tmp_path, content, expected):
+    (tmp_path / "a.json").write_text(content)
+    assert texts(tmp_path / "a.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "an empty file"), ("[1, 2]", "expected a list of objects"), ('[{"text": "one"', "cannot be read as JSON"),
+        ('{"text": "one"}\n{"te', "cannot be read as JSON"),
+    ],
+)  # fmt: skip
+def test_what_a_json_file_may_not_hold(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / "a.json")
+
+
+def test_a_compressed_file_of_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: an empty file\."):
+        texts(written(tmp_path, "a.jsonl.gz", []))
+
+
+def test_an_end_that_the_tokenizer_writes_is_not_written_twice(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    rows = read_domain(
+        DataSpec(source=str(written(tmp_path, "a.jsonl", DOCUMENTS[:2]))), tokenizer=tokenizer, length=64, tokens=100,
+        seed=0, vocab_size=NUM_IDS, packing="pad",
+    )  # fmt: skip
+    assert (rows.ids == 1).sum(dim=1).tolist() == [1, 1]
