@@ -70,15 +70,22 @@ def _recorded_plan(file: GgufFile) -> Plan:
 
 
 def _counts(pruned: GgufModel, plan: Plan) -> Check:
-    n_group = plan.n_group or plan.model.routing.n_group
+    routing = plan.model.routing
+    n_group, topk_group = (1, 1) if plan.n_group is not None else (routing.n_group, routing.topk_group)
     fits = (
         pruned.num_experts == plan.num_experts
         and pruned.top_k == (plan.top_k,)
         and pruned.n_group in (None, 0, n_group)  # None and 0: a file that has no groups
+        and (pruned.topk_group in (None, 0, topk_group) or routing.n_group == 1)
     )
-    detail = f"{pruned.num_experts} experts, top-{' or '.join(map(str, pruned.top_k))}, {pruned.n_group or 1} group(s)"
-    expected = f"{plan.num_experts} experts, top-{plan.top_k}, {n_group} group(s)"
+    detail = _count_text(pruned.num_experts, pruned.top_k, pruned.topk_group or 1, pruned.n_group or 1)
+    expected = _count_text(plan.num_experts, (plan.top_k,), topk_group, n_group)
     return Check("counts", fits, detail if fits else f"{detail}; the plan says {expected}")
+
+
+def _count_text(num_experts: int, top_k: tuple[int, ...], topk_group: int, n_group: int) -> str:
+    groups = f"{topk_group} of {n_group} groups" if n_group > 1 else "1 group"
+    return f"{num_experts} experts, top-{' or '.join(map(str, top_k))}, {groups}"
 
 
 def _metadata(source: GGUFReader, result: GGUFReader, architecture: str) -> Check:

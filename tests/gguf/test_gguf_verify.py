@@ -66,7 +66,18 @@ def test_experts_of_another_plan_are_found(exported: tuple[Path, Path]) -> None:
 def test_counts_of_another_plan_are_found(exported: tuple[Path, Path]) -> None:
     source, out = exported
     found = failure(out, source, plan=plan_for(QWEN, keep=7, top_k=1))
-    assert found == "counts: 7 experts, top-2, 1 group(s); the plan says 7 experts, top-1, 1 group(s)"
+    assert found == "counts: 7 experts, top-2, 1 group; the plan says 7 experts, top-1, 1 group"
+
+
+def test_another_number_of_groups_in_use_is_found(tmp_path: Path) -> None:
+    family = FAMILIES["deepseek2"]
+    source, out = write_model(tmp_path / "source.gguf", family), tmp_path / "out.gguf"
+    export_gguf(source, plan=plan_for(family, keep=keep_of(family)), out=out, quiet=True)
+    key, data = b"deepseek2.expert_group_used_count" + (4).to_bytes(4, "little"), out.read_bytes()
+    assert data.count(key + (2).to_bytes(4, "little")) == 1
+    out.write_bytes(data.replace(key + (2).to_bytes(4, "little"), key + (1).to_bytes(4, "little")))
+    assert failure(out, source).startswith("counts: ")
+    assert "1 of 3 groups; the plan says" in failure(out, source)
 
 
 def test_a_truncated_result_is_found(exported: tuple[Path, Path]) -> None:
