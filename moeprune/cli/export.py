@@ -108,7 +108,7 @@ def _lines(summary: ExportSummary, *, dry_run: bool) -> list[str]:
     if summary.finished:
         lines.append(f"  finished   {len(summary.finished)} of {len(files)} file(s), by an earlier attempt")
     if summary.not_read:
-        lines.append(f"  left out   {', '.join(summary.not_read)}: the index of the source does not name them")
+        lines.append(f"  left out   {', '.join(summary.not_read)}: beside the checkpoint, not named by its index")
     if summary.discarded:
         lines.append(
             f"  discarded  {size(summary.discarded)} of an earlier attempt with another plan, source or options"

@@ -36,6 +36,8 @@ class ExportSummary:
         finished: Those of them that an earlier, killed attempt has finished.
         discarded: Bytes that an earlier attempt left and that are of no use, since its plan, source or options differ.
         to_download: Bytes of source files that are not here yet.
+        not_read: Safetensors files beside the source's that its index does not name: no reader takes them for a part of
+            it, and neither does the export.
         sizes: Bytes and parameters before and after.
     """
 
@@ -51,6 +53,7 @@ class ExportSummary:
     finished: tuple[str, ...]
     discarded: int
     to_download: int
+    not_read: tuple[str, ...]
     sizes: PrunedSizes
 
     @property
@@ -104,12 +107,18 @@ def summarise(
         finished=tuple(sorted(finished)),
         discarded=discarded,
         to_download=to_download,
+        not_read=_not_read(source.checkpoint),
         sizes=replace(
             pruned_sizes(sizes, num_experts=plan.num_experts, top_k=plan.top_k),
             bytes_before=source.checkpoint.num_bytes,
             bytes_after=num_bytes.total(),
         ),
     )
+
+
+def _not_read(checkpoint: Checkpoint) -> tuple[str, ...]:
+    named = {shard.name for shard in checkpoint.shards}
+    return tuple(sorted(file.name for file in checkpoint.path.glob("*.safetensors") if file.name not in named))
 
 
 def manifest(

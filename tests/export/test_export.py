@@ -236,6 +236,14 @@ def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path):
     assert export(source, tmp_path / "deep" / "out") == planned
 
 
+def test_files_that_the_index_does_not_name_are_reported(tmp_path):
+    source = save("mixtral", tmp_path / "source", shard="30KB")
+    assert export(source, tmp_path / "all").not_read == ()
+    shutil.copy(source / "model-00001-of-00008.safetensors", source / "mtp.safetensors")
+    assert export(source, tmp_path / "out").not_read == ("mtp.safetensors",)
+    assert not (tmp_path / "out" / "mtp.safetensors").exists()
+
+
 def test_the_source_is_only_read(tmp_path):
     source = dressed(tmp_path / "source")
     before = all_bytes(source)
