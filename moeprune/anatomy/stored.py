@@ -16,6 +16,7 @@ from moeprune.anatomy.anatomy import Anatomy, ExpertAxis
 from moeprune.anatomy.axes import EXPERT_NUMBER
 from moeprune.anatomy.companions import ExpertPart, expert_dim
 from moeprune.anatomy.complete import Seen, check_complete
+from moeprune.anatomy.formats import FORMATS
 from moeprune.anatomy.quirks.mtp import MtpLayers
 from moeprune.anatomy.quirks.two_towers import other_tower
 from moeprune.anatomy.renamer import Renamed, Renamer, in_loading_order
@@ -88,11 +89,17 @@ class _Mapper:
             if ROUTED_EXPERTS.search(key):
                 raise UnsupportedModelError(
                     f"{self.tensors[key].file.parent}: {key!r} belongs to experts that transformers does not load. "
-                    "Pruning such checkpoints is not supported."
+                    f"{self._way_out(key)}"
                 )
         self.roles |= mtp.roles(self.tensors, num_experts=self.num_experts, stored=self.stored)
         check_complete(self.anatomy, self.seen)
         return StoredMap({key: self.roles[key] for key in self.tensors if key in self.roles}, frozenset(mtp.keys))
+
+    def _way_out(self, key: str) -> str:
+        formats = [stored.name for stored in FORMATS.values() if stored.companion(key)]
+        if self.stored is None and formats:
+            return f"If it is quantised ({' or '.join(formats)}), config.json must have the quantization_config."
+        return "Pruning such checkpoints is not supported."
 
     def _map_known(self, key: str) -> bool:
         """Note the role of a tensor of the model, a part of one or its companion; False if the key is none of them."""

@@ -314,6 +314,13 @@ def test_an_expert_without_its_companion_is_refused(tmp_path, scheme, companion)
         open_source(tmp_path)
 
 
+def test_a_quantised_checkpoint_whose_config_lost_its_entry_is_told_so(tmp_path):
+    save_quantised("qwen3_moe", tmp_path, "gptq")
+    edit_config(tmp_path, quantization_config=None)
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(gptq\), config.json must have the quantization_"):
+        open_source(tmp_path)
+
+
 def test_a_fused_scale_without_expert_axis_is_refused(tmp_path):
     save_mxfp4(tmp_path)
     key = "model.layers.1.mlp.experts.down_proj_scales"
