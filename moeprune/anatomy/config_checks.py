@@ -8,6 +8,7 @@ from typing import Any
 
 from moeprune.anatomy.names import NUM_EXPERTS, TOP_K, ConfigField
 from moeprune.errors import CheckpointError
+from moeprune.facts import Routing
 
 
 def check_spellings(config: Mapping[str, Any], file: Path) -> None:
@@ -48,6 +49,23 @@ def check_counts(where: str, num_experts: ConfigField, top_k: ConfigField) -> No
         raise CheckpointError(
             f"{where}: its config says {top_k.name} = {top_k.value} and {num_experts.name} = {num_experts.value}; "
             "a token cannot use more experts than a layer has. Correct config.json, or download it again."
+        )
+
+
+def check_groups(model_type: str, routing: Routing, *, num_experts: int, top_k: int) -> None:
+    """Refuse expert groups that cannot be: transformers does not look, and mixes groups up on some numbers of tokens.
+
+    Raises:
+        CheckpointError: If the groups are of unequal size, or too few or too small to choose from.
+    """
+    n_group, topk_group = routing.n_group, routing.topk_group
+    size, rest = divmod(num_experts, n_group)
+    least = 2 if n_group > 1 and routing.group_score == "top2" else 1
+    if rest or size < least or not 1 <= topk_group <= n_group or topk_group * size < top_k:
+        raise CheckpointError(
+            f"{model_type}: its config has {num_experts} experts in {n_group} groups, of which a token uses "
+            f"{topk_group} for {top_k} experts. Groups must be equal, of at least {least}, and hold the experts of a "
+            "token. Compare config.json with the original."
         )
 
 

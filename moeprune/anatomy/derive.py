@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moeprune.anatomy.anatomy import Anatomy
 from moeprune.anatomy.axes import find_axes
-from moeprune.anatomy.config_checks import check_counts
+from moeprune.anatomy.config_checks import check_counts, check_groups
 from moeprune.anatomy.layers import group_layers
 from moeprune.anatomy.names import (
     NUM_EXPERTS,
@@ -37,7 +37,7 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
 
     Raises:
         UnsupportedModelError: If the model has no experts, or experts that cannot be indexed.
-        CheckpointError: If the config asks for more active experts than there are.
+        CheckpointError: If the config asks for more active experts than there are, or for impossible groups.
     """
     num_experts = _num_experts(config)
     _, text = text_config_of(config)
@@ -55,7 +55,10 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
     top_k = fix_top_k(config, find_field(config, TOP_K), skeleton, layers[-1], hidden_size=text.hidden_size)
     check_counts(config.name_or_path or config.model_type, num_experts, top_k)
     n_group, topk_group = groups_of(config)
-    routing = probe_routing(skeleton, layers, axes, hidden_size=text.hidden_size)
+    routing = probe_routing(skeleton, layers, axes, hidden_size=text.hidden_size).model_copy(
+        update={"n_group": n_group, "topk_group": topk_group, "group_score": group_score_of(config)}
+    )
+    check_groups(config.model_type, routing, num_experts=num_experts.value, top_k=top_k.value)
     return Anatomy(
         config=config,
         skeleton=skeleton,
@@ -63,9 +66,7 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
         top_k=top_k,
         layers=layers,
         axes=axes,
-        routing=routing.model_copy(
-            update={"n_group": n_group, "topk_group": topk_group, "group_score": group_score_of(config)}
-        ),
+        routing=routing,
         own=own_tensors,
         expert_ids=find_expert_ids(text.model_type, skeleton, layers),
     )

@@ -141,8 +141,8 @@ def groups_of(config: Any) -> tuple[int, int]:
     """(n_group, topk_group) of a group-limited router; (1, 1) where any experts may be combined."""
     field = find_field(config, N_GROUP)
     _, text = text_config_of(config)
-    # A config.json may hold keys that its class does not know, such as those of the code it was forked from; DeepSeek-V2
-    # keeps the numbers also where its routing does not use them.
+    # A config.json may hold keys that its class does not know, as of the code it was forked from; DeepSeek-V2 keeps the
+    # numbers also where its routing does not use them.
     known = {entry.name for entry in dataclasses.fields(text)}
     if field is None or known.isdisjoint(field.aliases) or field.value == 1:
         return 1, 1

@@ -64,6 +64,26 @@ def test_a_dense_model_of_a_type_that_may_have_experts(count):
     )
 
 
+@pytest.mark.parametrize(
+    ("n_group", "topk_group", "of", "least"),
+    [(5, 2, "5 groups, of which a token uses 2", 2), (3, 4, "3 groups, of which a token uses 4", 2),
+     (12, 6, "12 groups, of which a token uses 6", 2), (6, 1, "6 groups, of which a token uses 1", 2)],
+)  # fmt: skip
+def test_groups_that_cannot_be(n_group, topk_group, of, least):
+    """transformers builds such a model and mixes up its groups, or fails on some numbers of tokens."""
+    config = tiny_config(CONFIG_MAPPING["deepseek_v3"], n_group=n_group, topk_group=topk_group)
+    assert refusal(config, CheckpointError) == (
+        f"deepseek_v3: its config has 12 experts in {of} for 3 experts. Groups must be equal, of at least {least}, and "
+        "hold the experts of a token. Compare config.json with the original."
+    )
+
+
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (3, 3), (6, 2), (2, 1)])
+def test_groups_that_can_be(n_group, topk_group):
+    config = tiny_config(CONFIG_MAPPING["deepseek_v3"], n_group=n_group, topk_group=topk_group)
+    assert derive_anatomy(config).routing.n_group == n_group
+
+
 def test_a_router_that_would_not_fit_into_memory_is_described_without_running_it():
     anatomy = derive_anatomy(hunyuan(num_experts=10**11))
     assert (anatomy.num_experts.value, anatomy.routing.scoring) == (10**11, "unknown")
