@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from moeprune.checkpoint.folder import INDEX_NAME
@@ -60,7 +61,7 @@ def _is_empty_or_marked(folder: Path, mark: str) -> bool:
     if not folder.is_dir():
         return False
     names = [path.name for path in folder.iterdir()]
-    return not names or any(mark in name for name in names)
+    return not names or any(name == mark or fnmatch(name, f".{mark}.*.tmp") for name in names)
 
 
 def other_files(folder: Path) -> Iterator[Path]:

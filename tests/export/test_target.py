@@ -56,6 +56,14 @@ def test_something_of_the_users_where_an_export_works_is_not_deleted(tmp_path, s
     assert all_bytes(tmp_path) == before
 
 
+def test_a_folder_with_a_copy_of_a_manifest_is_not_taken_for_an_export(tmp_path, source, plan):
+    out = tmp_path / "notes"
+    out.mkdir()
+    (out / "old-moeprune.json").write_text("{}")
+    assert "--force replaces only checkpoints that moeprune wrote" in refusal(source, plan, out, force=True)
+    assert (out / "old-moeprune.json").is_file()
+
+
 @pytest.mark.parametrize("left", [(), (JOURNAL,), (f".{JOURNAL}.123.tmp",), (JOURNAL, "model.safetensors")])
 def test_what_a_killed_export_left_at_any_moment_is_no_obstacle(tmp_path, source, plan, left):
     partial = tmp_path / "out.partial"
