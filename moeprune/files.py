@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from moeprune.errors import ExportError
@@ -34,6 +35,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why the system would not let a file be made at ``path``, its folders included; None if it would. Makes none."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 @contextmanager

@@ -339,7 +339,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: no such recipe. `moeprune ls recipes` lists those that ship with moeprune.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a mapping with keys such as model, calibrate and variants.")

@@ -288,6 +288,12 @@ def test_not_yaml(tmp_path):
     assert "line 1, column 8" in str(error.value)
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfemodel")
+    with pytest.raises(RecipeError, match="not YAML: 'utf-8' codec can't decode"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "3\n"])
 def test_yaml_that_is_no_recipe(tmp_path, text):
     path = tmp_path / "recipe.yaml"

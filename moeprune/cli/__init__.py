@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from moeprune import __version__
 from moeprune.cli import calibrate, check, evaluate, export, inspect, ls, plan, run, stats, verify
 from moeprune.errors import MoePruneError
 from moeprune.interrupts import Interrupted
@@ -20,6 +22,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moeprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)

@@ -44,7 +44,7 @@ def evaluate(
     Example: `moeprune eval demo --plan plan.json --tasks offline_choice --limit 100`
     """
     if out is not None:
-        refuse_existing(out, force=force)
+        refuse_existing(out, force=force, reads=plan or [])
     from moeprune.evaluate import check_tasks, results_table
     from moeprune.evaluate.side_by_side import evaluate_side_by_side, side_by_side_json
     from moeprune.files import write_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,16 +23,28 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse to overwrite a file that was not meant to be.
+def refuse_existing(path: Path, *, force: bool, reads: Iterable[Path] = ()) -> None:
+    """Refuse to overwrite a file that was not meant to be, and a place that nothing can be written to.
+
+    Args:
+        path: The file that is to be written.
+        force: Whether it may be replaced.
+        reads: The files that the command reads: they may not.
 
     Raises:
-        MoePruneError: If it exists and ``force`` is off.
+        MoePruneError: Which of these it is.
     """
     from moeprune.errors import MoePruneError
+    from moeprune.files import why_not_writable
 
+    if path.is_dir():
+        raise MoePruneError(f"{path}: is a folder. Give the name of a file.")
+    if path.exists() and any(other.exists() and path.samefile(other) for other in reads):
+        raise MoePruneError(f"{path}: is what this command reads. Choose another name.")
     if path.exists() and not force:
         raise MoePruneError(f"{path}: exists. Choose another name, or replace it with --force.")
+    if why := why_not_writable(path):
+        raise MoePruneError(f"{path}: cannot be written there ({why}). Choose another place.")
 
 
 Mtp = Literal["prune", "drop"]

@@ -49,7 +49,7 @@ def plan(
 
     Example: `moeprune plan stats.safetensors --score reap --keep 0.75 --top-k 6 --out plan.json`
     """
-    refuse_existing(out, force=force)
+    refuse_existing(out, force=force, reads=[stats])
     from moeprune.calibrate.stats import Stats
     from moeprune.cli.advice import advice
     from moeprune.deploy.serving import servings
@@ -101,6 +101,8 @@ def parse_domains(text: str) -> dict[str, float]:
     shares = {}
     for part in text.split(","):
         name, separator, value = part.partition("=")
+        if name.strip() in shares:
+            raise PlanError(f"--domain {text}: {name.strip()} is given twice.")
         try:
             shares[name.strip()] = float(value)
         except ValueError:

@@ -31,7 +31,7 @@ def merge(
 
     Example: `moeprune stats merge code.safetensors math.safetensors --out both.safetensors`
     """
-    refuse_existing(out, force=force)
+    refuse_existing(out, force=force, reads=files)
     from moeprune.calibrate.stats import Stats, merge_stats
 
     merged = merge_stats([Stats.load(file) for file in files])
@@ -60,7 +60,7 @@ def show(
     if plot is not None:
         if plot.suffix.lower() != ".png":
             raise MoePruneError(f"--plot {plot}: expected a name that ends in .png.")
-        refuse_existing(plot, force=force)
+        refuse_existing(plot, force=force, reads=[file])
     stats = Stats.load(file)
     facts = describe(stats, score=score, keep=keep)
     if plot is not None:

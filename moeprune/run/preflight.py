@@ -9,6 +9,7 @@ from pathlib import Path
 from moeprune.calibrate.data import check_domains
 from moeprune.errors import MissingDependencyError, PlanError, RecipeError, did_you_mean
 from moeprune.evaluate import check_tasks
+from moeprune.files import why_not_writable
 from moeprune.plan.uniform import Sizes, choose_sizes
 from moeprune.run.state import STATE
 from moeprune.run.workspace import Workspace, task_folder
@@ -64,3 +65,5 @@ def check_folder(out: Path, *, force: bool) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / STATE).is_file():
         what = "--force replaces only run folders; choose another folder" if force else "Choose another folder"
         raise RecipeError(f"{out}: not empty and not a run of moeprune (no {STATE}). {what}.")
+    if why := why_not_writable(out / STATE):
+        raise RecipeError(f"{out}: cannot be written there ({why}). Choose another folder.")

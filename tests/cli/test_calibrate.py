@@ -232,7 +232,7 @@ def test_the_models_own_answers_are_calibration_text(model: Path, tmp_path: Path
         ((*TEXT, "--keep-inputs", "x"), "error: --keep-inputs keeps the inputs of the sampled tokens."),
         ((*TEXT, "--stats", "full", "--keep-inputs", "/dev/null/x"), "error: /dev/null/x: a file of 0.00 GB for the"),
         ((*TEXT, "--out", "/dev/null/x"), "error: /dev/null/x: cannot be written there ("),
-        ((*TEXT, "--out", ".", "--force"), "error: .: is a folder; the statistics are a file."),
+        ((*TEXT, "--out", ".", "--force"), "error: .: is a folder. Give the name of a file."),
         ((*TEXT, "--stream", "--offload-hidden", "/dev/null/x"), "error: /dev/null/x/rank-0-of-1: no folder"),
         ((*TEXT, "--length", 1024), "error: rows of 1024 tokens are longer than the model's context of 512."),
     ],

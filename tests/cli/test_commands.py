@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from moeprune import __version__
 from moeprune.cli import app, main
+from tests.fake_stats import fake_stats
 from tests.models import save_with_tokenizer
 
-COMMANDS = ["run", "inspect", "calibrate", "stats merge", "stats show", "plan", "export", "verify", "eval", "ls"]
+COMMANDS = [
+    "run", "inspect", "calibrate", "stats merge", "stats show", "stats diff", "plan", "check", "export", "verify", "eval",
+    "ls",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,8 @@ def test_nothing_is_overwritten_without_force(
     [
         (
             ["ls", "score"],
-            "cannot list 'score'. Did you mean 'scores'? Known: data, engines, families, formats, keys, recipes, scores, tasks.",
+            "cannot list 'score'. Did you mean 'scores'? "
+            "Known: data, engines, families, formats, keys, recipes, scores, tasks.",
         ),
         (
             ["run", "quikstart", "--out", "x"],
@@ -128,6 +134,49 @@ def test_errors_say_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert failure(capsys, monkeypatch, *arguments) == f"error: {message}\n"
+
+
+def test_a_command_does_not_replace_what_it_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`plan stats --out stats --force` once left a plan where hours of calibration had been."""
+    stats, link = tmp_path / "stats", tmp_path / "link"
+    fake_stats().save(stats)
+    link.symlink_to(stats)
+    before = stats.read_bytes()
+    for arguments in (["plan", stats, "--out", link], ["stats", "merge", stats, "--out", stats]):
+        error = failure(capsys, monkeypatch, *arguments, "--force")
+        assert error == f"error: {arguments[-1]}: is what this command reads. Choose another name.\n"
+    assert stats.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "stats", "--out"], ["stats", "merge", "stats", "--out"], ["eval", "demo", "--tasks", "nope", "--out"],
+     ["stats", "show", "stats", "--plot"], ["run", "quickstart", "--dry-run", "--out"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    fake_stats().save(Path("stats"))
+    error = failure(capsys, monkeypatch, *arguments, "file/x.png")
+    assert error.startswith("error: file/x.png: cannot be written there (Not a directory). Choose another ")
+
+
+def test_shares_of_domains_are_not_given_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_stats().save(tmp_path / "stats")
+    arguments = ["plan", tmp_path / "stats", "--out", tmp_path / "plan", "--domain", "code=1,math=1,code=2"]
+    assert failure(capsys, monkeypatch, *arguments) == "error: --domain code=1,math=1,code=2: code is given twice.\n"
+    assert not (tmp_path / "plan").exists()
+
+
+def test_the_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"moeprune {__version__}\n"
 
 
 def test_ls_lists_what_ships() -> None:
