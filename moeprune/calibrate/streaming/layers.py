@@ -74,7 +74,8 @@ class LayerStream:
         """Let whatever contains layers take its inputs to the device: a caller cannot see where the model runs."""
 
         def move(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return args, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            brought = [v.to(self.device) if isinstance(v, Tensor) else v for v in (*args, *kwargs.values())]
+            return tuple(brought[: len(args)]), dict(zip(kwargs, brought[len(args) :], strict=True))
 
         above = {".".join(path.split(".")[:depth]) for path in self.paths for depth in range(1, path.count("."))}
         for path in above if self.device.type != "cpu" else ():

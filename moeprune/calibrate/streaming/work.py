@@ -24,6 +24,7 @@ from moeprune.calibrate.streaming.memory import check_hidden, check_layers
 from moeprune.calibrate.streaming.replay import Result
 from moeprune.calibrate.streaming.shelf import DiskShelf
 from moeprune.calibrate.streaming.tree import leaves
+from moeprune.errors import RoomError
 from moeprune.interrupts import Interrupted, Signals
 
 TRIED_TOKENS = 16
@@ -80,6 +81,11 @@ class Work:
         except Interrupted as error:
             error.note = self._note()
             raise
+        except torch.OutOfMemoryError as error:
+            raise RoomError(
+                f"the GPU has no memory left for batches of {self._batches[0].batch_size} rows beside the weights of "
+                f"two layers. Give a smaller --batch-size or --length. {self._note()}".rstrip()
+            ) from error
         finally:
             if self._folder is not None and (finished or self._partial is None):
                 shutil.rmtree(self._folder)

@@ -6,12 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeprune.anatomy.source import Source, open_source
 from moeprune.calibrate.resume import Partial
 from moeprune.calibrate.stats import Stats
 from moeprune.calibrate.streaming.layers import LayerStream
 from moeprune.calibrate.streaming.passes import stream_stats
+from moeprune.errors import RoomError
 from moeprune.interrupts import Interrupted
 from tests.calibrate.streaming.both import assert_equal_stats, text
 from tests.test_families import build
@@ -140,6 +142,18 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, monkeypatch):
         stream(source, tmp_path)
     with pytest.raises(Interrupted, match=r"the next run starts again; --offload-hidden keeps them"):
         stream_stats(source, rows=text(), batch_size=2, quiet=True, partial=partial(tmp_path))
+
+
+def test_a_gpu_without_memory_for_a_batch_is_told_with_what_helps(tmp_path, monkeypatch):
+    def overflow():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    build("qwen3_moe").save_pretrained(tmp_path / "model")
+    end_at(monkeypatch, 2, overflow)
+    with pytest.raises(
+        RoomError, match=r"batches of 2 rows beside the weights of two layers\. Give a smaller --batch-"
+    ):
+        stream(open_source(tmp_path / "model"), tmp_path)
 
 
 def test_what_is_kept_does_not_grow_with_the_layers(tmp_path, monkeypatch):
