@@ -30,6 +30,7 @@ class FakeHub:
         ignore_ranges: Answer with the whole file whatever was asked.
         xet: Say of large files that they are stored in Xet, as the Hub does of nearly all.
         forbidden: Paths that are answered with status 403 and a reason.
+        failing: Names of files whose next whole download is answered with status 503.
         pieces: How the store cuts what it sends.
     """
 
@@ -41,6 +42,7 @@ class FakeHub:
         self.ignore_ranges = False
         self.xet = False
         self.forbidden: set[str] = set()
+        self.failing: set[str] = set()
         self.pieces: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
         self._servers = [_serve(self, "hub"), _serve(self, "store")]
         self.endpoint, self.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
@@ -99,7 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         )
         try:
             self.hub.before(self.name, self.command, path)
-            if self.name == "store":
+            if self.name == "store" and self.headers.get("Range") is None and Path(path).name in self.hub.failing:
+                self.hub.failing.discard(Path(path).name)
+                self._send(503, b"", {})
+            elif self.name == "store":
                 self._file(Path("/" + path.lstrip("/")))
             elif path.startswith("/api/models/"):
                 self._api(path.removeprefix("/api/models/"), parse_qs(url.query))

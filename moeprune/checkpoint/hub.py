@@ -127,6 +127,13 @@ def _status(error: Exception) -> int:
     return getattr(getattr(error, "response", None), "status_code", 599)
 
 
+def is_transient(error: BaseException | None) -> bool:
+    """Whether a request failed for what may be gone at the next try: the line, the server, too many requests."""
+    if not isinstance(error, _http_error()):
+        return False
+    return _status(error) >= 500 or _status(error) in (408, 429)
+
+
 @contextmanager
 def quiet_downloads(quiet: bool = True) -> Iterator[None]:
     """No progress bars of huggingface_hub inside the block, if ``quiet``."""
@@ -305,7 +312,7 @@ def _range(url: str, start: int, end: int) -> bytes:
                     hf_raise_for_status(response)
                 data = b"" if response.status_code == 200 and start else _read(response, end - start)
         except _http_error() as error:
-            if (_status(error) < 500 and _status(error) not in (408, 429)) or attempt == TRIES - 1:
+            if not is_transient(error) or attempt == TRIES - 1:
                 raise
             time.sleep(2**attempt / 2)
             continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from moeprune.checkpoint.hub import Located, abort_downloads, explained
+from moeprune.checkpoint.hub import TRIES, Located, abort_downloads, explained, is_transient
 from moeprune.errors import CheckpointError, ExportError
 from moeprune.export.layout import Shard
 from moeprune.export.sources import Stopped
@@ -89,14 +90,19 @@ class HubSources:
         model = self._model
         assert model.repo is not None, "only models of the Hub lack files"
         where: dict[str, Any] = {} if self._folder is None else {"local_dir": self._folder}
-        try:
-            with explained(model.repo):
-                bar = _bar_that_ends(self._stopped)
-                return Path(hf_hub_download(model.repo, name, revision=model.commit, tqdm_class=bar, **where))
-        except CheckpointError as error:
-            if self._stopped.is_set():
-                raise Stopped from error
-            raise ExportError(f"{name}: {error} Finished shards are kept; run the same command again.") from error
+        for attempt in range(TRIES):
+            try:
+                with explained(model.repo):
+                    bar = _bar_that_ends(self._stopped)
+                    return Path(hf_hub_download(model.repo, name, revision=model.commit, tqdm_class=bar, **where))
+            except CheckpointError as error:
+                if self._stopped.is_set():
+                    raise Stopped from error
+                if attempt < TRIES - 1 and is_transient(error.__cause__):
+                    time.sleep(2**attempt)
+                    continue
+                raise ExportError(f"{name}: {error} Finished shards are kept; run the same command again.") from error
+        raise AssertionError("the last try returns or raises")
 
 
 def _bar_that_ends(stopped: threading.Event) -> type[Any]:
