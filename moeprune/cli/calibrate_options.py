@@ -56,8 +56,8 @@ Level = Annotated[
     typer.Option(
         "--stats",
         rich_help_panel=SUMS,
-        help="What is summed: `standard` (what scores need), `merge` (also pairs of experts and mean outputs) or "
-        "`full` (also all experts on a sample of tokens).",
+        help="What is summed: `standard` (enough for all scores but `mone`), `merge` (also pairs of experts and mean "
+        "outputs) or `full` (also all experts on a sample of tokens).",
     ),
 ]
 KeepInputs = Annotated[

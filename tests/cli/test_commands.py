@@ -16,8 +16,8 @@ from tests.fake_stats import fake_stats
 from tests.models import save_with_tokenizer
 
 COMMANDS = [
-    "run", "inspect", "calibrate", "stats merge", "stats show", "stats diff", "plan", "check", "export", "verify", "eval",
-    "ls",
+    "run", "inspect", "calibrate", "stats merge", "stats show", "stats diff", "plan", "check", "export", "verify",
+    "eval", "ls",
 ]  # fmt: skip
 
 
