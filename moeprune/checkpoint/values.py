@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import FileIO
 
 import numpy as np
@@ -28,7 +28,12 @@ NOT_FINITE = {
 }
 
 
-def check_finite(tensors: Mapping[str, TensorInfo], *, expert_dims: Mapping[str, int]) -> None:
+WITH_INFINITY = ("F64", "F32", "BF16", "F16", "F8_E5M2")
+
+
+def check_finite(
+    tensors: Mapping[str, TensorInfo], *, expert_dims: Mapping[str, int], biases: Collection[str] = ()
+) -> None:
     """Refuse tensors with a value that is NaN or infinite: one such row and a router sends tokens anywhere.
 
     Only the tensors named are read, a few megabytes at a time. Integers and formats of less than a byte always pass:
@@ -37,6 +42,7 @@ def check_finite(tensors: Mapping[str, TensorInfo], *, expert_dims: Mapping[str,
     Args:
         tensors: The tensors of a checkpoint, by stored key.
         expert_dims: The keys to check, such as router weights and biases, with the axis that counts the experts.
+        biases: Those in which -inf is no damage: added to the score of an expert, it keeps tokens from it.
 
     Raises:
         CheckpointError: Naming tensor, expert and position of the first such value; or if a file cannot be read.
@@ -44,7 +50,7 @@ def check_finite(tensors: Mapping[str, TensorInfo], *, expert_dims: Mapping[str,
     for key, dim in expert_dims.items():
         info = tensors[key]
         try:
-            position = _first_not_finite(info)
+            position = _first_not_finite(info, may_mask=key in biases)
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot be read ({error.strerror}).") from error
         if position is not None:
@@ -56,12 +62,30 @@ def check_finite(tensors: Mapping[str, TensorInfo], *, expert_dims: Mapping[str,
             )
 
 
-def _first_not_finite(info: TensorInfo) -> int | None:
-    """Position of the first element that is NaN or infinite, in row-major order."""
+def masked_experts(info: TensorInfo) -> frozenset[int]:
+    """Positions of -inf in a stored bias with one value an expert: the experts that no token is sent to."""
+    if info.dtype not in WITH_INFINITY:
+        return frozenset()
+    name, _, pattern = NOT_FINITE[info.dtype]
+    words = np.empty(info.numel, np.dtype(name))
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        _fill(file, words, info)
+    return frozenset(np.flatnonzero(words == _negative(words.dtype, pattern)).tolist())
+
+
+def _negative(dtype: np.dtype, pattern: int) -> np.generic:
+    """The bits of a negative number of which ``pattern`` are those of the same positive one."""
+    return dtype.type(pattern | 1 << (8 * dtype.itemsize - 1))
+
+
+def _first_not_finite(info: TensorInfo, *, may_mask: bool) -> int | None:
+    """Position of the first element that is NaN or infinite, in row-major order; -inf passes where it ``may_mask``."""
     if info.dtype not in NOT_FINITE:
         return None
     name, mask, pattern = NOT_FINITE[info.dtype]
     dtype = np.dtype(name)
+    passes = _negative(dtype, pattern) if may_mask and info.dtype in WITH_INFINITY else None
     mask, pattern = dtype.type(mask), dtype.type(pattern)
     words = info.num_bytes // dtype.itemsize
     buffer = np.empty(min(words, CHUNK_BYTES // dtype.itemsize), dtype)
@@ -70,6 +94,8 @@ def _first_not_finite(info: TensorInfo) -> int | None:
         for first in range(0, words, len(buffer) or 1):
             chunk = buffer[: words - first]
             _fill(file, chunk, info)
+            if passes is not None:
+                chunk[chunk == passes] = 0
             found = np.flatnonzero(np.bitwise_and(chunk, mask, out=chunk) == pattern)
             if len(found):
                 return (first + int(found[0])) * info.numel // words  # two words make a complex number

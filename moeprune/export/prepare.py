@@ -17,7 +17,7 @@ from moeprune.export.fetch import DOWNLOADS, bytes_to_download, check_cache_spac
 from moeprune.export.journal import job_of, read_finished
 from moeprune.export.layout import Shard, lay_out
 from moeprune.export.quantization_config import remapped_configs
-from moeprune.export.routers import router_dims
+from moeprune.export.routers import biases_of, check_choosable, router_dims
 from moeprune.export.slices import plan_outputs
 from moeprune.export.summary import ExportSummary, pruned_before, summarise
 from moeprune.export.target import bytes_to_store, check_other_files, check_space, check_target, partial_of
@@ -88,6 +88,7 @@ class Job:
 
         Raises:
             CheckpointError: If one holds NaN.
+            PlanError: If it cannot choose as many of the kept experts as a token uses.
         """
         self._check_routers(lambda file: path if file.name == name else None)
 
@@ -96,13 +97,18 @@ class Job:
 
         Raises:
             CheckpointError: If one holds NaN.
+            PlanError: If it cannot choose as many of the kept experts as a token uses.
         """
         self._check_routers(lambda file: None if file.name in self.located.missing else file)
 
     def _check_routers(self, find: Callable[[Path], Path | None]) -> None:
         tensors = self.source.checkpoint.tensors
         here = {key: replace(tensors[key], file=file) for key in self.routers if (file := find(tensors[key].file))}
-        check_finite(here, expert_dims={key: self.routers[key] for key in here})
+        biases = biases_of(self.source, {key: self.routers[key] for key in here})
+        check_finite(here, expert_dims={key: self.routers[key] for key in here}, biases=biases)
+        layers = {layer.layer: layer for layer in self.plan.layers}
+        for key, layer in biases.items():
+            check_choosable(here[key], layer=layers[layer], top_k=self.plan.top_k)
 
 
 def prepare(
