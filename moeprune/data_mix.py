@@ -13,7 +13,7 @@ from moeprune.data_spec import DataSpec, expand_demo
 from moeprune.errors import DataError, did_you_mean
 from moeprune.resources import shipped
 
-FROM_OUTSIDE = {"source", "column", "tokens", "documents"}
+FROM_OUTSIDE = {"source", "column", "tokens", "documents", "drop"}
 """Fields that may be given along with a mix; `column` is for other data and does not reach it."""
 
 
@@ -102,10 +102,13 @@ def _domains_of(spec: DataSpec, mix: Mix) -> tuple[DataSpec, ...]:
     more = spec.model_fields_set - FROM_OUTSIDE
     given = sorted(name for name in more if getattr(spec, name) != DataSpec.model_fields[name].get_default())
     if given:
-        raise DataError(f"{spec.source}: a mix takes tokens and documents; {given[0]!r} belongs to one of its domains.")
+        raise DataError(
+            f"{spec.source}: a mix takes tokens, documents and drop; {given[0]!r} belongs to one of its domains."
+        )
     if spec.tokens is not None and mix.tokens is None:
         raise DataError(f"{spec.source}: its domains have no shares of a budget. Give documents instead of tokens.")
     domains = _split(mix.domains, total=spec.tokens or mix.tokens or 0)
+    domains = tuple(one.model_copy(update={"drop": (*one.drop, *spec.drop)}) for one in domains)
     if spec.documents is None:
         return domains
     limit = spec.documents

@@ -87,7 +87,7 @@ def refused(*texts: str) -> str:
 
 def test_what_belongs_to_a_domain_is_not_given_to_a_mix():
     assert refused("ream?split=test") == (
-        "ream: a mix takes tokens and documents; 'split' belongs to one of its domains."
+        "ream: a mix takes tokens, documents and drop; 'split' belongs to one of its domains."
     )
     assert "'domain' belongs" in refused("mine=ream")
     assert refused("reap?tokens=5") == "reap: its domains have no shares of a budget. Give documents instead of tokens."
@@ -121,3 +121,8 @@ def test_a_mistake_in_a_mix_is_named(tmp_path, text):
 
 def test_a_mix_that_is_not_there():
     assert refused("recipes/data/raep.yaml").startswith("recipes/data/raep.yaml: no such file. `moeprune ls data`")
+
+
+def test_what_all_domains_of_a_mix_are_to_leave_out():
+    found = expand_data([parse_data_spec("reap?drop=tools&documents=3")], tokens=1)
+    assert {spec.drop for spec in found} == {("tools",)}

@@ -143,10 +143,15 @@ def check_domains(specs: Sequence[DataSpec]) -> None:
         if names.count(name) > 1:
             raise DataError(f"two data sets are named {name!r}. Give them names: --data NAME=SOURCE.")
     for spec in specs:
-        _check_source(spec)
+        check_source(spec)
 
 
-def _check_source(spec: DataSpec) -> None:
+def check_source(spec: DataSpec) -> None:
+    """Refuse a source that can be seen to be missing, or to be a file of no known kind.
+
+    Raises:
+        DataError: What is wrong and what to write instead.
+    """
     path = Path(spec.source)
     wild = not path.exists() and WILD.search(spec.source)
     if path.is_dir() or (spec.local_format is None and not path.exists() and not wild):

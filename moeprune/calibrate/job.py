@@ -102,33 +102,42 @@ class Job:
 
         What can be refused is refused before the model is loaded, and answers are written last.
         """
+        rows, prompts = self._given
+        if prompts:
+            path = self._answer(prompts)
+            rows = rows + self._read(self.ranks.once(lambda: answers_as_data(path)))
+        if sum(map(len, rows)) == 1:
+            self._say("There is one row of text only: no halves of it can be compared to say whether it is enough.")
+        if self.settings.packing == "auto" and rows[0].packing == "pad":
+            self._say(f"{self.source.name} does not keep the documents of a row apart: each has a row of its own.")
+        return rows
+
+    @cached_property
+    def _given(self) -> tuple[list[Rows], list[Prompt]]:
+        """The text that there is before the model runs, and what the model is to answer."""
         settings = self.settings
-        tokenizer = load_tokenizer(self.source.path)
-        prompts = self._prompts(tokenizer) if settings.self_generate else []
-        rows = self._read(settings.data, tokenizer) if settings.data else []
+        prompts = self._prompts() if settings.self_generate else []
+        rows = self._read(settings.data) if settings.data else []
         for spec, part in zip(expand_data(settings.data, tokens=settings.tokens), rows, strict=True):
             if spec.tokens is not None and part.num_tokens < spec.tokens and spec.documents is None:
                 self._say(f"{part.domain}: the text ends after {part.num_tokens:,} of {spec.tokens:,} tokens.")
         self.ranks.once(lambda: _check_names(rows, prompts))
-        if prompts:
-            path = self._answer(prompts, tokenizer)
-            rows = rows + self._read(self.ranks.once(lambda: answers_as_data(path)), tokenizer)
-        if sum(map(len, rows)) == 1:
-            self._say("There is one row of text only: no halves of it can be compared to say whether it is enough.")
-        if settings.packing == "auto" and rows[0].packing == "pad":
-            self._say(f"{self.source.name} does not keep the documents of a row apart: each has a row of its own.")
-        return rows
+        return rows, prompts
 
-    def _read(self, data: Sequence[DataSpec], tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.source.path)
+
+    def _read(self, data: Sequence[DataSpec]) -> list[Rows]:
         settings = self.settings
         return self.ranks.once(
             lambda: read_calibration(
-                self.source, tokenizer=tokenizer, data=data, tokens=settings.tokens, length=settings.length,
+                self.source, tokenizer=self._tokenizer, data=data, tokens=settings.tokens, length=settings.length,
                 seed=settings.seed, packing=settings.packing, cache=self.how.cache,
             )
         )  # fmt: skip
 
-    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    def _prompts(self) -> list[Prompt]:
         """What the model is to answer, read and checked by rank 0."""
         settings = self.settings
         if self.streamed[0]:
@@ -139,18 +148,18 @@ class Job:
 
         def read() -> list[Prompt]:
             choose_rows(self.source, length=settings.length, packing=settings.packing)
-            prompts = read_prompts(settings.self_generate, tokenizer=tokenizer, seed=settings.seed)
+            prompts = read_prompts(settings.self_generate, tokenizer=self._tokenizer, seed=settings.seed)
             config = transformers_config(self.source.path)
             check_prompts(prompts, config=config, max_new_tokens=settings.max_new_tokens)
             return prompts
 
         return self.ranks.once(read)
 
-    def _answer(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> Path:
+    def _answer(self, prompts: Sequence[Prompt]) -> Path:
         """The file with the model's answers."""
         settings = self.settings
         return generate_answers(
-            self.model, tokenizer, prompts, out=self.out.with_name(f"{self.out.name}.answers.jsonl"),
+            self.model, self._tokenizer, prompts, out=self.out.with_name(f"{self.out.name}.answers.jsonl"),
             max_new_tokens=settings.max_new_tokens, seed=settings.seed, batch_size=settings.batch_size,
             name=self.source.facts.fingerprint, ranks=self.ranks, quiet=self.how.quiet,
         )  # fmt: skip
@@ -173,30 +182,38 @@ class Job:
         """What :meth:`run` would do, as plain JSON. Reads the text, and nothing of the model but its headers.
 
         Raises:
-            MoePruneError: If the text is still to be written by the model, or cannot be read.
+            MoePruneError: If the text or the prompts cannot be read.
         """
-        if self.settings.self_generate:
-            raise MoePruneError(
-                "--dry-run reads the text; that of --self-generate does not exist before the model ran."
-            )
+        settings = self.settings
         streamed, why = self.streamed
         hidden = int(self.source.anatomy.text_config.hidden_size)
-        tokens = {part.domain: part.num_tokens for part in self.rows}
+        rows, prompts = self._given
+        rows = rows if prompts else self.rows
+        tokens = {part.domain: part.num_tokens for part in rows}
+        answers: dict[str, dict[str, int]] = {}
+        for prompt in prompts:
+            to_come = answers.setdefault(prompt.domain, {"prompts": 0, "most_tokens": 0})
+            to_come["prompts"] += 1
+            to_come["most_tokens"] += len(prompt.ids) + settings.max_new_tokens
+        most = sum(tokens.values()) + sum(part["most_tokens"] for part in answers.values())
         cost = cost_of(
-            self.settings.statistics, self.source.facts, hidden=hidden, domains=len(tokens),
-            sampled=min(SAMPLED_TOKENS, sum(tokens.values())), reservoir=self.how.keep_inputs is not None,
+            settings.statistics, self.source.facts, hidden=hidden, domains=len(tokens) + len(answers),
+            sampled=min(SAMPLED_TOKENS, most), reservoir=self.how.keep_inputs is not None,
         )  # fmt: skip
         return {
             "model": self.source.name,
             "tokens": tokens,
-            "rows": {part.domain: len(part) for part in self.rows},
-            "length": self.rows[0].ids.shape[1],
-            "packing": self.rows[0].packing,
+            "rows": {part.domain: len(part) for part in rows},
+            "answers": answers,
+            "length": settings.length,
+            "packing": self.ranks.once(
+                lambda: choose_rows(self.source, length=settings.length, packing=settings.packing)
+            ),
             "ranks": self.ranks.world,
             "device": self.how.device_map or self.ranks.device,
             "pass": "layer by layer" if streamed else "whole model",
             "why": why,
-            "statistics": self.settings.statistics,
+            "statistics": settings.statistics,
             **cost,
         }
 

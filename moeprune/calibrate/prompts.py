@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moeprune.calibrate.data import check_source
 from moeprune.calibrate.text.chat import Message, as_tools
 from moeprune.calibrate.text.documents import messages_of, written
 from moeprune.calibrate.text.render import render_chat
@@ -57,6 +58,7 @@ def read_prompts(specs: Sequence[DataSpec], *, tokenizer: PreTrainedTokenizerBas
             raise DataError(
                 f"{spec.source}: prompts are counted, their answers' tokens are not known. Give documents=N."
             )
+        check_source(spec)
         found = 0
         for row in shuffled_rows(spec, seed=seed):
             prompt = _prompt(row, spec, tokenizer)

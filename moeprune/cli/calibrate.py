@@ -114,6 +114,10 @@ def _plan_text(facts: dict[str, Any]) -> str:
         f"  {name:<20} {count:>12,} tokens in {facts['rows'][name]:,} rows of {facts['length']:,} ({facts['packing']})"
         for name, count in facts["tokens"].items()
     ]
+    lines += [
+        f"  {name:<20} {part['most_tokens']:>12,} tokens at most, the model's answers to {part['prompts']:,} prompts"
+        for name, part in facts["answers"].items()
+    ]
     lines.append(f"  statistics ({facts['statistics']}): {size(facts['bytes'])}")
     if facts["reservoir_bytes"]:
         lines.append(f"  layer inputs of the sample: {size(facts['reservoir_bytes'])}")

@@ -197,6 +197,10 @@ def test_prompts_have_the_domain_of_their_row_or_of_their_file(tmp_path):
 
 
 def test_prompts_that_are_none(tmp_path):
+    with pytest.raises(DataError, match=r"nosuch\.jsonl: no such file\."):
+        read_prompts([DataSpec(source="nosuch.jsonl")], tokenizer=byte_tokenizer())
+    with pytest.raises(DataError, match=r"prompts are counted, their answers' tokens are not known\. Give documents=N"):
+        asked(tmp_path, [{"prompt": "a"}], tokens=5)
     with pytest.raises(DataError, match="no prompts; every row is empty"):
         asked(tmp_path, [{"prompt": " "}, {"prompt": None}])
     with pytest.raises(DataError, match=r"no column 'promt'\. Did you mean 'prompt'\?"):

@@ -209,11 +209,29 @@ def test_the_models_own_answers_are_calibration_text(model: Path, tmp_path: Path
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": f"The {n}th number is"}) + "\n" for n in range(4)))
     out = tmp_path / "stats.safetensors"
-    printed("calibrate", model, "--out", out, "--self-generate", prompts, "--max-new-tokens", 8, "--quiet")
+    command = ("calibrate", model, "--out", out, "--self-generate", prompts, "--max-new-tokens", 8, "--quiet")
+    planned = json.loads(printed(*command, "--dry-run", "--json"))["answers"]
+    assert list(tmp_path.iterdir()) == [prompts]
+    printed(*command)
     answers = [json.loads(line) for line in (tmp_path / "stats.safetensors.answers.jsonl").read_text().splitlines()]
     stats = Stats.load(out)
     assert stats.domains == ("prompts",)
     assert stats.tokens.sum() >= sum(len(answer["input_ids"]) for answer in answers) > 0
+    assert planned["prompts"]["prompts"] == len(answers) == 4
+    assert planned["prompts"]["most_tokens"] >= sum(len(answer["input_ids"]) for answer in answers)
+
+
+def test_text_and_prompts_of_one_name_are_refused_before_anything_is_answered(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "The number is"}\n')
+    out = tmp_path / "stats.safetensors"
+    said = refused(
+        capsys, monkeypatch, model, "--out", out, "--data", text, "--self-generate", text, "--max-new-tokens", 8
+    )
+    assert "error: text and prompts are both named 'a'" in said
+    assert not (tmp_path / "stats.safetensors.answers.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from moeprune.files import sha256_file, sha256_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 HASHED_WHOLE = 1 << 28
 """Bytes up to which local files are known by what is in them; larger ones are by path, size and time."""
 
@@ -50,7 +51,8 @@ def fingerprint(spec: DataSpec, *, tokenizer: PreTrainedTokenizerBase, options: 
     words, data = _tokenizer_hash(tokenizer), _data_hash(spec)
     if words is None or data is None:
         return None
-    facts = {"format": FORMAT, "moeprune": __version__, "tokenizer": words, "data": data, "options": options}
+    versions = {"moeprune": __version__} | {name: version(name) for name in ("transformers", "tokenizers", "datasets")}
+    facts = {"format": FORMAT, "versions": versions, "tokenizer": words, "data": data, "options": options}
     return sha256_json(facts | {"spec": spec.model_dump(mode="json")})
 
 
