@@ -24,6 +24,7 @@ from moeprune.anatomy.names import (
 )
 from moeprune.anatomy.quirks.expert_ids import find_expert_ids
 from moeprune.anatomy.quirks.fixed_top_k import fix_top_k
+from moeprune.anatomy.quirks.unprobed_routers import routing_as_read
 from moeprune.anatomy.routing import probe_routing
 from moeprune.anatomy.skeleton import build_skeleton, with_value
 from moeprune.errors import UnsupportedModelError
@@ -55,7 +56,8 @@ def derive_anatomy(config: PreTrainedConfig) -> Anatomy:
     top_k = fix_top_k(config, find_field(config, TOP_K), skeleton, layers[-1], hidden_size=text.hidden_size)
     check_counts(config.name_or_path or config.model_type, num_experts, top_k)
     n_group, topk_group = groups_of(config)
-    routing = probe_routing(skeleton, layers, axes, hidden_size=text.hidden_size).model_copy(
+    probed = probe_routing(skeleton, layers, axes, hidden_size=text.hidden_size)
+    routing = routing_as_read(text.model_type, probed).model_copy(
         update={"n_group": n_group, "topk_group": topk_group, "group_score": group_score_of(config)}
     )
     check_groups(config.model_type, routing, num_experts=num_experts.value, top_k=top_k.value)
