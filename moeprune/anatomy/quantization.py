@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.anatomy.formats import FORMATS, StoredFormat, format_of
+from moeprune.anatomy.names import FORMER_KEYS
 from moeprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
 
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second is compressed-tensors' older spelling
@@ -72,13 +73,16 @@ def quantisation_of(
     return Quantisation(method, title, bits, stored)
 
 
+NESTED = ("text_config", *FORMER_KEYS["text_config"], "thinker_config")
+
+
 def quantization_entry(config: Mapping[str, Any], *, where: str | Path = "config.json") -> Mapping[str, Any] | None:
     """The quantisation entry of a config.json, of its text model if it has none of its own; None if it has neither.
 
     Raises:
         CheckpointError: If it is not an object.
     """
-    for holder in (config, *(value for key, value in config.items() if key in ("text_config", "thinker_config"))):
+    for holder in (config, *(value for key, value in config.items() if key in NESTED)):
         for key in CONFIG_KEYS if isinstance(holder, Mapping) else ():
             entry = holder.get(key)
             if entry is not None and not isinstance(entry, Mapping):

@@ -290,9 +290,10 @@ def test_an_unquantised_checkpoint_has_no_quantisation():
     assert quantisation_of({"quantization_config": None, "text_config": {}}) is None
 
 
-def test_the_entry_of_a_text_model_counts():
+@pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config", "thinker_config"])
+def test_the_entry_of_a_text_model_counts(key):
     entry = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": INT4}}}
-    found = quantisation_of({"text_config": {"quantization_config": entry}})
+    found = quantisation_of({key: {"quantization_config": entry}})
     assert found.title == "INT4 g32 (compressed-tensors)"
 
 
