@@ -51,8 +51,9 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 def start(model: Path, out: Path, *options: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """About 128 batches with sums saved after every one."""
-    command = [*launcher, "-m", "moeprune", "calibrate", model, "--out", out, *TEXT, "--save-every", 0, *options]
+    """About 128 batches with sums saved after every one. Without a launcher it waits at the first for :func:`end`."""
+    program = [*launcher, "-m", "moeprune"] if launcher else ["-m", "tests.cli.paused", f"{out}.go"]
+    command = [*program, "calibrate", model, "--out", out, *TEXT, "--save-every", 0, *options]
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -67,6 +68,16 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
+def end(process: subprocess.Popen[str], out: Path, signum: signal.Signals = signal.SIGTERM) -> str:
+    """Send a signal to a process that has saved its first sums, and return what it says then."""
+    process.send_signal(signum)
+    go = Path(f"{out}.go")
+    go.touch()
+    _, errors = process.communicate(timeout=100)
+    go.unlink()
+    return errors
+
+
 def assert_same_bits(stats: Stats, other: Stats) -> None:
     arrays = dict(other.arrays())
     assert arrays.keys() == dict(stats.arrays()).keys()
@@ -79,8 +90,7 @@ def test_a_killed_run_goes_on(model: Path, unbroken: Stats, tmp_path: Path, sign
     out, partial = tmp_path / "stats.safetensors", tmp_path / "stats.safetensors.partial"
     process = start(model, out)
     wait_for(partial / "rank-0-of-1.safetensors", process)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
+    errors = end(process, out, signum)
     assert not out.exists()
     if signum == signal.SIGTERM:
         assert process.returncode == 143
@@ -195,8 +205,7 @@ def test_a_run_layer_by_layer_goes_on_from_the_last_finished_layer(model: Path, 
     options = ("--stream", "--offload-hidden", tmp_path / "killed" / "hidden")
     process = start(model, outs[0], *options)
     wait_for(tmp_path / "killed" / "stats.safetensors.partial" / "rank-0-of-1.safetensors", process)
-    process.terminate()
-    process.communicate(timeout=60)
+    end(process, outs[0])
     assert process.returncode == 143 and not outs[0].exists()
     printed("calibrate", model, "--out", outs[0], *TEXT, *options, "--quiet")
     printed("calibrate", model, "--out", outs[1], *TEXT, "--stream", "--quiet")
