@@ -198,7 +198,7 @@ def test_bfloat16_stays_bfloat16():
 
 def test_a_plan_for_a_model_with_other_layers_is_refused():
     model, anatomy = prepared("glm4_moe")  # experts in layers 1 and 2
-    plan = plan_of(derive_anatomy(FAMILIES["olmoe"]()), 7, 2)  # experts in layers 0 and 1
+    plan = renamed(plan_of(derive_anatomy(FAMILIES["olmoe"]()), 7, 2), "glm4_moe")  # experts in layers 0 and 1
     with pytest.raises(PlanError) as error:
         apply_plan(model, plan=plan, anatomy=anatomy)
     assert str(error.value) == (
@@ -212,7 +212,15 @@ def test_a_plan_for_a_model_with_more_experts_is_refused():
     plan = plan_of(derive_anatomy(FAMILIES["olmoe"]()), 5, 2)
     with pytest.raises(PlanError) as error:
         apply_plan(model, plan=plan, anatomy=anatomy)
+    assert str(error.value) == "the plan was made for a model with model type olmoe, tiny has mixtral."
+    with pytest.raises(PlanError) as error:
+        apply_plan(model, plan=renamed(plan, "mixtral"), anatomy=anatomy)
     assert str(error.value) == "the plan was made for a model with experts a layer 10, tiny has 6."
+
+
+def renamed(plan: Plan, model_type: str) -> Plan:
+    """The same plan, said to be of another model type."""
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"model_type": model_type})})
 
 
 def test_an_edited_plan_that_contradicts_itself_is_refused():

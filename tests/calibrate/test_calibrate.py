@@ -1,5 +1,7 @@
 """From a checkpoint folder and text files to statistics; impossible work is refused before the model is loaded."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
@@ -42,6 +44,8 @@ def test_a_checkpoint_and_two_files_give_statistics_of_two_domains(source, specs
     np.testing.assert_array_equal(stats.experts["count"].sum(-1), np.full((2, 2), 60 * 3))
     (run,) = stats.runs
     assert run.pop("seconds") >= 0
+    texts = run.pop("text")
+    assert texts.keys() == {"code", "math"} and texts["code"] != texts["math"]
     assert run == {
         "moeprune": __version__, "dtype": "float32", "device": "cpu", "seed": 5, "length": 16,
         "tokens": {"code": 60, "math": 60},
@@ -83,24 +87,21 @@ def test_two_domains_of_one_name(tmp_path):
     check_domains([specs[0], specs[1].model_copy(update={"domain": "other"})])
 
 
-def test_a_folder(tmp_path):
-    assert refused([DataSpec(source=str(tmp_path))]) == (
-        f"{tmp_path}: expected a file ending in .jsonl, .json, .parquet, .txt, .md."
-    )
-
-
 def test_a_file_of_an_unknown_kind(tmp_path):
-    path = tmp_path / "data.csv"
-    path.write_text("text\na\n")
+    path = tmp_path / "data.docx"
+    path.write_text("text")
     assert refused([DataSpec(source=str(path))]) == (
-        f"{path}: expected a file ending in .jsonl, .json, .parquet, .txt, .md."
+        f"{path}: expected a file ending in .jsonl, .json, .csv, .tsv, .parquet, .txt, .md, or in one of these and "
+        ".gz, .bz2, .xz."
     )
 
 
 @pytest.mark.parametrize("source", ["none.jsonl", "./none", "/none/at/all", "~/none.txt", "folder/none.PARQUET"])
 def test_a_file_that_does_not_exist(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refused([DataSpec(source=source)]) == f"{source}: no such file."
+    assert (
+        refused([DataSpec(source=source)]) == f"{Path(source).expanduser() if '~' in source else source}: no such file."
+    )
 
 
 def test_a_hub_id_is_not_taken_for_a_file(tmp_path, monkeypatch):
