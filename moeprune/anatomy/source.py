@@ -14,7 +14,7 @@ from moeprune.anatomy.roles import Role
 from moeprune.anatomy.skeleton import load_config
 from moeprune.anatomy.stored import map_stored
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint, read_object, resolve_model
-from moeprune.checkpoint.global_scales import left_out_because, left_out_scale
+from moeprune.checkpoint.global_scales import why_wrong
 from moeprune.errors import UnsupportedModelError
 from moeprune.facts import ModelFacts
 
@@ -54,8 +54,7 @@ class Source:
         """Why transformers would not compute what the stored experts do; None if it does."""
         if self.quantisation is not None and self.quantisation.stored.loads in NOT_LOADED:
             return f"its weights are stored as {self.quantisation.title}, which transformers does not dequantise"
-        left_out = left_out_scale(self.checkpoint.tensors)
-        return None if left_out is None else left_out_because(left_out)
+        return why_wrong(self.checkpoint.tensors)
 
     def check_runs(self) -> None:
         """Refuse to run a model whose experts transformers does not dequantise, or dequantises wrongly.

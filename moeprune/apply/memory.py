@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,32 +51,36 @@ def apply_plan(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> PreTr
 
 def pruned_state(model: PreTrainedModel, *, plan: Plan, anatomy: Anatomy) -> dict[str, Tensor]:
     """The state dict of the pruned model: kept slices of the tensors with an expert axis, all others as they are."""
-    state = {}
+    keep, state = plan.keep, {}
     for name, tensor in model.state_dict().items():
-        new = pruned_name(name, plan=plan, anatomy=anatomy)
+        new = pruned_name(name, keep=keep, anatomy=anatomy)
         if new is not None:
-            state[new] = pruned_tensor(name, tensor, plan=plan, anatomy=anatomy)
+            state[new] = pruned_tensor(name, tensor, keep=keep, top_k=plan.top_k, anatomy=anatomy)
     return state
 
 
-def pruned_name(name: str, *, plan: Plan, anatomy: Anatomy) -> str | None:
+Keep = Mapping[str, Sequence[int]]
+"""Kept expert ids by layer (:attr:`moeprune.plan.plan.Plan.keep`)."""
+
+
+def pruned_name(name: str, *, keep: Keep, anatomy: Anatomy) -> str | None:
     """What a parameter is called in the pruned model; None if it belongs to an expert that goes."""
     own = anatomy.own.get(name)
     if own is None:
         return name
-    kept = plan.keep[own.layer]
+    kept = keep[own.layer]
     return own.renumbered(kept.index(own.expert)) if own.expert in kept else None
 
 
-def pruned_tensor(name: str, tensor: Tensor, *, plan: Plan, anatomy: Anatomy) -> Tensor:
+def pruned_tensor(name: str, tensor: Tensor, *, keep: Keep, top_k: int, anatomy: Anatomy) -> Tensor:
     """What the pruned model has of the original parameter ``name``."""
     axis, before = anatomy.axes.get(name), anatomy.num_experts.value
-    if axis is not None and len(plan.keep[axis.layer]) < before:
-        runs = kept_runs(plan.keep[axis.layer], num_experts=before, rows=axis.rows, extra=axis.extra)
+    if axis is not None and len(keep[axis.layer]) < before:
+        runs = kept_runs(keep[axis.layer], num_experts=before, rows=axis.rows, extra=axis.extra)
         return torch.cat([tensor.narrow(axis.dim, start, stop - start) for start, stop in runs], dim=axis.dim)
     if name in anatomy.expert_ids:
-        ids = plan.keep[anatomy.expert_ids[name]]
-        table = remap_expert_ids(tensor.cpu().numpy(), keep=ids, num_experts=before, top_k=plan.top_k)
+        ids = keep[anatomy.expert_ids[name]]
+        table = remap_expert_ids(tensor.cpu().numpy(), keep=ids, num_experts=before, top_k=top_k)
         return torch.from_numpy(table).to(tensor.device)
     return tensor
 

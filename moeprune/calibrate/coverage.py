@@ -109,7 +109,7 @@ def layer_coverage(stats: Stats) -> list[LayerCoverage]:
                 busiest=float(load.max() / load.mean()),
                 total=_spread(load),
                 tokens={domain: _spread(row) for domain, row in zip(stats.domains, counts[:, index], strict=True)},
-                starved=tuple(int(i) for i in np.flatnonzero(_starved(load))),
+                starved=tuple(int(i) for i in np.flatnonzero(is_starved(load))),
                 never_routed=tuple(int(i) for i in np.flatnonzero(load == 0)),
             )
         )
@@ -120,7 +120,7 @@ def domain_coverage(stats: Stats) -> list[DomainCoverage]:
     """Tokens an expert, domain by domain; domains without text and layers that no token reached are left out."""
     reached = [name not in stats.unseen_layers for name in stats.model.layers]
     return [
-        DomainCoverage(domain, int(tokens), _spread(load), int(_starved(load).sum()), int((load == 0).sum()))
+        DomainCoverage(domain, int(tokens), _spread(load), int(is_starved(load).sum()), int((load == 0).sum()))
         for domain, tokens, load in zip(stats.domains, stats.tokens, stats.experts["count"][:, reached], strict=True)
         if tokens and any(reached)
     ]
@@ -150,7 +150,8 @@ def _spread(load: Float64[ndarray, "..."]) -> Spread:
     return int(load.min()), float(np.median(load)), int(load.max())
 
 
-def _starved(load: Float64[ndarray, "..."]) -> Bool[ndarray, "..."]:
+def is_starved(load: Float64[ndarray, "..."]) -> Bool[ndarray, "..."]:
+    """Which numbers of tokens are fewer than :data:`STARVED_TOKENS`, but some."""
     return (load > 0) & (load < STARVED_TOKENS)
 
 

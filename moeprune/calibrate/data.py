@@ -154,9 +154,9 @@ def check_source(spec: DataSpec) -> None:
     """
     path = Path(spec.source)
     wild = not path.exists() and WILD.search(spec.source)
-    if path.is_dir() or (spec.local_format is None and not path.exists() and not wild):
-        if path.exists():
-            return
+    if path.is_dir():
+        return
+    if spec.local_format is None and not path.exists() and not wild:
         if "/" not in spec.source and get_close_matches(spec.source, mixes(), n=1, cutoff=0.7):
             raise DataError(f"{spec.source}: no such mix. {did_you_mean(spec.source, mixes())}")
         if ending(path) in LOCAL_FORMATS or spec.source.startswith((".", "/", "~")):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from moeprune import __version__
@@ -27,6 +26,7 @@ from moeprune.checkpoint.load import load_model, load_tokenizer
 from moeprune.data_mix import expand_data
 from moeprune.data_spec import DataSpec
 from moeprune.errors import DataError, MoePruneError, RoomError
+from moeprune.files import why_not_writable
 from moeprune.recipe import Calibration
 
 if TYPE_CHECKING:
@@ -292,14 +292,9 @@ class Job:
 
 def _check_writable(out: Path) -> None:
     """Refuse, before anything is run, a place that nothing can be written to."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise MoePruneError(
-            f"{out}: cannot be written there ({error.strerror}). Give another place with --out."
-        ) from error
+    if why := why_not_writable(out):
+        raise MoePruneError(f"{out}: cannot be written there ({why}). Give another place with --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise MoePruneError(f"{out}: is a folder; the statistics are a file. Give another name with --out.")
 

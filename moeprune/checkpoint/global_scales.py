@@ -8,8 +8,8 @@ from collections.abc import Iterable
 GLOBAL_SCALE = ".weight_global_scale"
 
 
-def left_out_scale(keys: Iterable[str]) -> str | None:
-    """The scale of an expert's whole tensor that this transformers would leave out; None if there is no such scale.
+def why_wrong(keys: Iterable[str]) -> str | None:
+    """Why this transformers would compute wrongly with stored experts; None if it leaves none of their scales out.
 
     The outputs would be wrong by orders of magnitude (https://github.com/huggingface/transformers/issues/48371).
 
@@ -17,12 +17,9 @@ def left_out_scale(keys: Iterable[str]) -> str | None:
         keys: Names of the stored tensors.
     """
     found = next((key for key in keys if "experts." in key and key.endswith(GLOBAL_SCALE)), None)
-    return None if found is None or _are_read() else found
-
-
-def left_out_because(key: str) -> str:
-    """The sentence that says so."""
-    return f"this transformers leaves scales such as {key!r} out when it dequantises experts"
+    if found is None or _are_read():
+        return None
+    return f"this transformers leaves scales such as {found!r} out when it dequantises experts"
 
 
 def _are_read() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune.checkpoint.folder import open_checkpoint
-from moeprune.checkpoint.global_scales import left_out_because, left_out_scale
+from moeprune.checkpoint.global_scales import why_wrong
 from moeprune.checkpoint.unloaded import is_expected
 from moeprune.errors import CheckpointError, MoePruneError, did_you_mean
 
@@ -65,9 +65,9 @@ def load_model(
     try:
         config = transformers_config(path)
         if getattr(config, "quantization_config", None) is not None:
-            left_out = left_out_scale(open_checkpoint(path).tensors)
-            if left_out:
-                raise CheckpointError(f"{path}: {left_out_because(left_out)}. Load the unquantised checkpoint.")
+            why = why_wrong(open_checkpoint(path).tensors)
+            if why:
+                raise CheckpointError(f"{path}: {why}. Load the unquantised checkpoint.")
         loaded: Any = model_class(config).from_pretrained(
             path,
             config=config,

@@ -34,11 +34,8 @@ class Outputs:
 
 def no_room(pruned: Source, source: Source | None, *, device: str) -> str | None:
     """Why the models cannot be loaded as a whole, one after the other; None if they can."""
-    for model in (source or pruned, pruned):
-        room, why = fits(model, device=device)
-        if not room:
-            return why
-    return None
+    room, why = fits(source or pruned, device=device)  # the source is the larger one
+    return None if room else why
 
 
 def probes(pruned: Source) -> list[Tensor]:

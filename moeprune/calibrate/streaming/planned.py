@@ -47,8 +47,8 @@ class PlannedWeights(Weights):
         pruned = empty_model(type(original.model), config, dtype=original.dtype, device=device)
         super().__init__(replace(original, model=pruned), {}, device=device)
         self._whole = Weights(original, tensors, device=device)
-        self._plan_of, self._anatomy = plan, anatomy
-        names = {name: pruned_name(name, plan=plan, anatomy=anatomy) for name in original.model.state_dict()}
+        self._keep, self._top_k, self._anatomy = plan.keep, plan.top_k, anatomy
+        names = {name: pruned_name(name, keep=self._keep, anatomy=anatomy) for name in original.model.state_dict()}
         self._new = {name: new for name, new in names.items() if new is not None}
         self._old = {new: name for name, new in self._new.items()}
 
@@ -61,5 +61,7 @@ class PlannedWeights(Weights):
         made = {}
         for name, tensor in self._whole.read([self._old[name] for name in names]).items():
             if name in self._new:
-                made[self._new[name]] = pruned_tensor(name, tensor, plan=self._plan_of, anatomy=self._anatomy)
+                made[self._new[name]] = pruned_tensor(
+                    name, tensor, keep=self._keep, top_k=self._top_k, anatomy=self._anatomy
+                )
         return made

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from moeprune.calibrate.coverage import STARVED_TOKENS
+from moeprune.calibrate.coverage import STARVED_TOKENS, is_starved
 from moeprune.calibrate.stats import Stats
 from moeprune.files import replacing
 from moeprune.report.palette import LIGHT
@@ -66,7 +66,7 @@ def _draw(
         axes = figure.add_axes(box)
         image = draw(axes, np.where(values > 0, values, np.nan), colours=sequential(), norm=norm)
         label_rows(axes, labels, what="layer")
-        starved = int(((values > 0) & (values < STARVED_TOKENS)).sum())
+        starved = int(is_starved(values).sum())
         axes.set_title(
             f"{domain}: {starved} experts with fewer than {STARVED_TOKENS} tokens, {_never(values)} with none"
         )

@@ -75,14 +75,18 @@ def stream(source: Source, folder: Path, **inputs) -> Stats:
     )  # fmt: skip
 
 
+def stream_until_killed(monkeypatch, source: Source, folder: Path, *, position: int = 2, **inputs) -> None:
+    with monkeypatch.context() as patch:
+        end_at(patch, position, kill)
+        with pytest.raises(Killed):
+            stream(source, folder, **inputs)
+
+
 @pytest.mark.parametrize("position", [1, 3])
 def test_a_killed_run_goes_on_from_the_last_finished_layer(source, tmp_path, advanced, monkeypatch, position):
     unbroken = stream_stats(source, rows=text(), batch_size=2, quiet=True, statistics="merge")
     layers = list(advanced)
-    with monkeypatch.context() as patch:
-        end_at(patch, position, kill)
-        with pytest.raises(Killed):
-            stream(source, tmp_path)
+    stream_until_killed(monkeypatch, source, tmp_path, position=position)
     advanced.clear()
     resumed = stream(source, tmp_path)
     assert advanced == layers[position:]
@@ -100,10 +104,7 @@ def test_a_run_that_has_ended_is_not_repeated(source, tmp_path, advanced):
 def test_other_inputs_start_afresh(tmp_path, advanced, monkeypatch):
     build("qwen3_moe").save_pretrained(tmp_path / "model")
     source = open_source(tmp_path / "model")
-    with monkeypatch.context() as patch:
-        end_at(patch, 2, kill)
-        with pytest.raises(Killed):
-            stream(source, tmp_path, length=8)
+    stream_until_killed(monkeypatch, source, tmp_path, length=8)
     advanced.clear()
     stream(source, tmp_path, length=9)
     assert advanced == [0, 1, 2, 3]
@@ -112,10 +113,7 @@ def test_other_inputs_start_afresh(tmp_path, advanced, monkeypatch):
 def test_hidden_states_that_were_deleted_start_afresh(tmp_path, advanced, monkeypatch):
     build("qwen3_moe").save_pretrained(tmp_path / "model")
     source = open_source(tmp_path / "model")
-    with monkeypatch.context() as patch:
-        end_at(patch, 2, kill)
-        with pytest.raises(Killed):
-            stream(source, tmp_path)
+    stream_until_killed(monkeypatch, source, tmp_path)
     for file in (tmp_path / "hidden").rglob("*.bin"):
         file.write_bytes(file.read_bytes()[:-1])
     advanced.clear()
